@@ -1,0 +1,83 @@
+"""Recipe configurations: a pydantic model, a YAML file, and `key=value` overrides."""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tdq_plugin.errors import ConfigError
+
+__all__ = ["CONFIG_FOLDER", "RecipeConfig", "load_config"]
+
+CONFIG_FOLDER = Path(__file__).parent / "configs"
+
+
+class RecipeConfig(BaseModel):
+    """What every recipe takes.
+
+    Attributes:
+        name: Folder below `output` that receives the results.
+        output: Folder for all runs.
+        seed: Every random draw of the recipe is a function of it.
+        threads: Number of CPU threads that torch uses.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    output: Path = Path("runs")
+    seed: int = 0
+    threads: int = Field(default=2, ge=1)
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the results go."""
+        return self.output / self.name
+
+
+Config = TypeVar("Config", bound=RecipeConfig)
+
+
+def load_config(schema: type[Config], path: Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply overrides, and validate.
+
+    Args:
+        schema: The recipe's configuration class.
+        path: The YAML file.
+        overrides: `key=value` strings; the key may be a dotted path, the value is YAML.
+
+    Raises:
+        ConfigError: An override has no `=`, a key is unknown, or a value is not valid.
+    """
+    values = yaml.safe_load(path.read_text()) or {}
+    for override in overrides or []:
+        _apply(values, override)
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(schema, error)) from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"Override {override!r} is not of the form key=value.")
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"Override {override!r}: {parent!r} is a value, not a section.")
+    values[last] = yaml.safe_load(text)
+
+
+def _explain(schema: type[BaseModel], error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        path = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = ", ".join(sorted(schema.model_fields))
+            lines.append(f"Unknown key {path!r}. Known keys: {known}.")
+        else:
+            lines.append(f"{path} = {problem['input']!r}: {problem['msg']}.")
+    return "\n".join(lines)
