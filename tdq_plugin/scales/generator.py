@@ -1,0 +1,128 @@
+"""TDQ's scale generator: Fourier encoding of t, a 4-layer MLP per quantizer, a positive scale."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tdq_plugin.errors import ConfigError
+from tdq_plugin.grid import QuantizationGrid
+from tdq_plugin.scales.bank import Output, TrainableBank
+from tdq_plugin.scales.encoding import (
+    band_limited_frequencies,
+    fourier_encoding,
+    geometric_frequencies,
+)
+
+__all__ = ["DEFAULT", "PAPER", "GeneratorBank", "GeneratorConfig"]
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """Shape and start of the generators.
+
+    Attributes:
+        encoding: `band_limited`, or the paper's `geometric` (eq. 6).
+        encoding_size: Number of sines and cosines together.
+        depth: Number of linear layers.
+        width: Hidden units.
+        output: Exponential relative to the static scale, or softplus.
+        initialisation: `zero_output` starts at the static scale for every t; `he` draws every
+            layer by He initialisation, as the paper does.
+        num_timesteps: Length of the diffusion process; scales the band-limited encoding.
+
+    Raises:
+        ConfigError: A size is not positive, or `encoding_size` is odd.
+    """
+
+    encoding: Literal["band_limited", "geometric"] = "band_limited"
+    encoding_size: int = 16
+    depth: int = 4
+    width: int = 64
+    output: Output = "exponential"
+    initialisation: Literal["zero_output", "he"] = "zero_output"
+    num_timesteps: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.encoding_size < 2 or self.encoding_size % 2:
+            raise ConfigError(f"encoding_size = {self.encoding_size} is not even and positive.")
+        if self.depth < 1 or self.width < 1:
+            raise ConfigError(f"depth = {self.depth} and width = {self.width} must be positive.")
+
+
+DEFAULT = GeneratorConfig()
+PAPER = GeneratorConfig(
+    encoding="geometric", encoding_size=64, output="softplus", initialisation="he"
+)
+
+
+class GeneratorBank(TrainableBank):
+    """One MLP per quantizer, all evaluated in one batched matrix product per layer (TDQ, 4.2).
+
+    Args:
+        grids: The grid of each quantizer by its name.
+        config: Shape and start of the generators.
+        seed: Seed of the initialisation.
+        **options: As for `TrainableBank`.
+
+    Example:
+        >>> from tdq_plugin.grid import activation_grid
+        >>> bank = GeneratorBank({"conv": activation_grid(8)})
+        >>> bank.set_static(torch.tensor([0.1]), torch.tensor([128.0]))
+        >>> bank(500)[0]
+        tensor([[0.1000]], grad_fn=<ClampBackward1>)
+    """
+
+    frequencies: Tensor
+
+    def __init__(
+        self,
+        grids: Mapping[str, QuantizationGrid],
+        config: GeneratorConfig = DEFAULT,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(grids, output=config.output, **options)
+        self.config = config
+        self.register_buffer("frequencies", _frequencies(config), persistent=False)
+        sizes = [config.encoding_size, *[config.width] * (config.depth - 1), self.curves_per_row]
+        generator = torch.Generator().manual_seed(seed)
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+            shape = (len(self.names), fan_in, fan_out)
+            weight = torch.randn(shape, generator=generator) * math.sqrt(2 / fan_in)
+            self.weights.append(nn.Parameter(weight))
+            self.biases.append(nn.Parameter(torch.zeros(len(self.names), 1, fan_out)))
+        if config.initialisation == "zero_output":
+            nn.init.zeros_(self.weights[-1])
+
+    def curves(self, timesteps: Tensor) -> Tensor:
+        encoded = fourier_encoding(timesteps, self.frequencies)
+        hidden = encoded.expand(len(self.names), *encoded.shape)
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+            hidden = torch.baddbmm(bias, hidden, weight).relu()
+        return torch.baddbmm(self.biases[-1], hidden, self.weights[-1])
+
+    @torch.enable_grad()
+    def fit(self, timesteps: Tensor, curves: Tensor, iterations: int = 400) -> None:
+        """Regress the generators onto the given curves with Adam."""
+        parameters = [*self.weights, *self.biases]
+        optimizer = torch.optim.Adam(parameters, lr=3e-3)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+        for _ in range(iterations):
+            error = (self.curves(timesteps) - curves).square().mean(dim=(1, 2)).sum()
+            gradients = torch.autograd.grad(error, parameters)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            schedule.step()
+        optimizer.zero_grad()
+
+
+def _frequencies(config: GeneratorConfig) -> Tensor:
+    if config.encoding == "geometric":
+        return geometric_frequencies(config.encoding_size)
+    return band_limited_frequencies(config.encoding_size, config.num_timesteps)

@@ -1,0 +1,112 @@
+"""Distance between two sets of images: the Fréchet distance in a feature space of our choice."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tdq_plugin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+__all__ = ["FrechetReference"]
+
+
+class FrechetReference:
+    """A set of images that many others are compared with.
+
+    The distance is that of Heusel et al., "GANs Trained by a Two Time-Scale Update Rule" (2017),
+    between Gaussians fitted to the features of both sets. With another network than Inception it
+    is not "FID": name the network and the number of images wherever the number is printed. It is
+    biased upward for few images, so compare sets of equal size only.
+
+    Args:
+        feature_network: Maps a batch of images to features `(N, D)`.
+        images: The reference, `(N, ...)`, N >= 2.
+        batch_size: Images in one call of the network.
+
+    Raises:
+        ConfigError: There are fewer than two images, or a feature is not finite.
+
+    Example:
+        >>> import torch
+        >>> points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0], [2.0, 2.0]])
+        >>> reference = FrechetReference(torch.nn.Identity(), points)
+        >>> round(reference.distance(points + torch.tensor([3.0, 4.0])), 6)
+        25.0
+    """
+
+    def __init__(
+        self,
+        feature_network: Callable[[Tensor], Tensor],
+        images: Tensor,
+        batch_size: int = 500,
+    ) -> None:
+        self.feature_network = feature_network
+        self.batch_size = batch_size
+        features = self.features(images)
+        self._metric = _metric_on_features(features.shape[1])
+        self._metric.update(features, real=True)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Return the features `(N, D)` of images `(N, ...)` as float64."""
+        if len(images) < 2:
+            raise ConfigError(f"A Fréchet distance needs at least 2 images, got {len(images)}.")
+        starts = range(0, len(images), self.batch_size)
+        batches = [self.feature_network(images[i : i + self.batch_size]) for i in starts]
+        features = torch.cat(batches).double()
+        broken = int((~features.isfinite()).any(dim=1).sum())
+        if broken:
+            raise ConfigError(
+                f"{broken} of {len(images)} images have features that are not finite. "
+                "Look at the samples: the model that drew them has probably diverged."
+            )
+        return features
+
+    def distance(self, images: Tensor) -> float:
+        """Return the squared Fréchet distance of images `(N, ...)` to the reference.
+
+        Raises:
+            ConfigError: There are fewer than two images, or a feature is not finite.
+        """
+        return self._distance(self.features(images))
+
+    def standard_error(self, images: Tensor, resamples: int = 20, seed: int = 0) -> float:
+        """Return the bootstrap standard error of `distance(images)`, the reference held fixed.
+
+        It covers the finite number of images only, not another calibration or another seed.
+        No interval is given because resampling with replacement shifts the distance upward.
+
+        Args:
+            images: The compared set `(N, ...)`.
+            resamples: Number of bootstrap draws, at least 2.
+            seed: Seed of the draws.
+
+        Raises:
+            ConfigError: There are fewer than two images or draws, or a feature is not finite.
+        """
+        if resamples < 2:
+            raise ConfigError(f"A standard error needs at least 2 resamples, got {resamples}.")
+        features = self.features(images)
+        generator = torch.Generator().manual_seed(seed)
+        draws = torch.randint(len(features), (resamples, len(features)), generator=generator)
+        distances = [self._distance(features[draw]) for draw in draws]
+        return torch.tensor(distances, dtype=torch.float64).std().item()
+
+    def _distance(self, features: Tensor) -> float:
+        self._metric.reset()
+        self._metric.update(features, real=False)
+        return float(self._metric.compute())
+
+
+def _metric_on_features(dimension: int) -> "FrechetInceptionDistance":
+    """Build a torchmetrics metric that is fed features and keeps its reference over resets."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    passthrough = nn.Identity()
+    # Without this attribute torchmetrics probes the module with an ImageNet-sized picture.
+    passthrough.num_features = dimension  # type: ignore[assignment]
+    return FrechetInceptionDistance(passthrough, reset_real_features=False)

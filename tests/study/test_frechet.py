@@ -1,0 +1,83 @@
+"""The Fréchet distance against an independent float64 computation, and its failures."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import linalg
+from torch import Tensor, nn
+
+from tdq_plugin.errors import ConfigError
+from tdq_plugin.recipes.digits import load_digits
+from tdq_plugin.recipes.digits_classifier import load_classifier
+from tdq_plugin.study import FrechetReference
+
+
+def scipy_distance(first: Tensor, second: Tensor) -> float:
+    a, b = first.double().numpy(), second.double().numpy()
+    covariance_a, covariance_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = linalg.sqrtm(covariance_a @ covariance_b).real
+    shift = a.mean(0) - b.mean(0)
+    return float(shift @ shift + np.trace(covariance_a + covariance_b - 2 * root))
+
+
+def gaussians(seed: int, count: int = 400, dimension: int = 16) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(dimension, dimension, generator=generator)
+    offset = torch.randn(dimension, generator=generator)
+    return torch.randn(count, dimension, generator=generator) @ mixing + offset
+
+
+def test_equals_scipy_in_float64_for_many_sets_against_one_reference() -> None:
+    reference = FrechetReference(nn.Identity(), gaussians(0), batch_size=150)
+    for seed in (1, 2, 3):
+        expected = scipy_distance(gaussians(0), gaussians(seed))
+        assert reference.distance(gaussians(seed)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_distance_to_itself_is_zero() -> None:
+    assert FrechetReference(nn.Identity(), gaussians(0)).distance(gaussians(0)) < 1e-6
+
+
+def test_images_reach_the_network_unchanged() -> None:
+    seen: list[Tensor] = []
+
+    def network(images: Tensor) -> Tensor:
+        seen.append(images)
+        return images.flatten(1)
+
+    images = torch.linspace(-1, 1, 40).reshape(10, 1, 2, 2)
+    FrechetReference(network, images)
+    assert torch.equal(torch.cat(seen), images)
+
+
+def test_grows_with_the_damage_to_digits() -> None:
+    images, _ = load_digits()
+    reference = FrechetReference(load_classifier().features, images[::2])
+    noise = torch.randn(images[1::2].shape, generator=torch.Generator().manual_seed(0))
+    clean, slight, strong = (
+        reference.distance(images[1::2] + level * noise) for level in (0.0, 0.2, 0.6)
+    )
+    assert clean * 10 < slight < strong / 3
+
+
+def test_standard_error_predicts_the_spread_between_independent_draws() -> None:
+    reference = FrechetReference(nn.Identity(), gaussians(0, 4000))
+    samples = gaussians(1, 8000).split(400)
+    spread = torch.tensor([reference.distance(draw) for draw in samples]).std().item()
+    predicted = reference.standard_error(samples[0], resamples=100)
+    assert predicted == pytest.approx(spread, rel=0.5)
+    assert predicted == reference.standard_error(samples[0], resamples=100)
+
+
+def test_diverged_samples_are_named() -> None:
+    samples = gaussians(1)
+    samples[3] = torch.nan
+    with pytest.raises(ConfigError, match="1 of 400 images .* not finite"):
+        FrechetReference(nn.Identity(), gaussians(0)).distance(samples)
+
+
+def test_too_few_images_or_resamples() -> None:
+    with pytest.raises(ConfigError, match="at least 2 images, got 1"):
+        FrechetReference(nn.Identity(), gaussians(0)[:1])
+    with pytest.raises(ConfigError, match="at least 2 resamples, got 1"):
+        FrechetReference(nn.Identity(), gaussians(0)).standard_error(gaussians(1), resamples=1)
