@@ -22,7 +22,7 @@ def as_timesteps(
 
     Args:
         timestep: A python number, a 0-d tensor, or a 1-d tensor; integer or float.
-        device: Device for a python number; a tensor stays where it is.
+        device: Where the result lives; by default a tensor stays where it is.
 
     Returns:
         Float32 tensor of shape `(B,)`, B = 1 for a number or 0-d tensor. float32 always: bfloat16
@@ -39,7 +39,7 @@ def as_timesteps(
         torch.float32
     """
     if isinstance(timestep, Tensor):
-        return _check_tensor(timestep).reshape(-1).to(torch.float32)
+        return _check_tensor(timestep).reshape(-1).to(device=device, dtype=torch.float32)
     if timestep is None:
         raise TimestepError("The timestep is None. Pass the timestep of this call to the model.")
     if isinstance(timestep, bool) or not isinstance(timestep, int | float):

@@ -76,7 +76,7 @@ class ConcolicTracer(fx.Tracer):
     """Trace a module on example arguments.
 
     Sizes and devices stay symbolic, so that the graph serves every batch size. Branches, loop
-    counts, dtypes, and sizes that were turned into a python number are those of the example.
+    counts, dtypes, and sizes that python itself consumes (`range(x.shape[0])`) are the example's.
 
     Every node carries `meta["module_path"]`: the dotted path of the innermost module whose forward
     ran it, `""` for the model itself.
@@ -133,7 +133,7 @@ class ConcolicTracer(fx.Tracer):
     ) -> Any:
         """Evaluate the operation on the example, and record it unless its answer is fixed."""
         value = self._evaluate(kind, target, _values(args), _values(kwargs))
-        if kind != "get_attr" and isinstance(value, _FIXED_TYPES):
+        if isinstance(value, _FIXED_TYPES):
             return value
         node = super().create_proxy(kind, target, args, kwargs, *extra, **options).node
         if kind.startswith("call_") and not isinstance(value, Tensor):
@@ -142,7 +142,11 @@ class ConcolicTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Keep a proxy from being taken for the tensor that its class says it is."""
-        return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if isinstance(a, float):
+            return float(a)  # numpy's subclass would be written into the code as "np.float64(...)"
+        return super().create_arg(a)
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         """Note which module the node belongs to."""

@@ -30,9 +30,10 @@ def trace(
     """Trace a model into a graph whose first operation brings the timestep into one form.
 
     The graph shares the model's parameters and modules; copy the model first to keep the two apart.
-    It serves every batch size, and timesteps given as python numbers, 0-d or 1-d tensors. Branches
-    and dtypes are those of the example call in evaluation mode; dropout still follows `train()`
-    and `eval()`. The model itself, its buffers and its training flags stay as they are.
+    It serves every batch size, and timesteps given as python numbers, 0-d or 1-d tensors. Branches,
+    dtypes and python loops are those of the example call in evaluation mode (a loop over the batch
+    keeps the example's length); dropout still follows `train()` and `eval()`. The model itself, its
+    buffers and its training flags stay as they are.
 
     Args:
         model: A module, or a graph traced before. A graph that already begins with the timestep

@@ -60,11 +60,11 @@ def _introduction(report: Report) -> Markup:
             "not fit."
         ),
         paragraph(
-            "The range of the activations changes with t, more in some models than in others, so no "
-            "single scale is right for the whole way. A static quantizer uses one all the same. A dynamic one measures every "
-            "input while it runs, which costs time. Temporal dynamic quantization (TDQ) learns "
-            "each scale as a function of t and stores it in a table, so that sampling only looks "
-            "it up."
+            "The range of the activations changes with t, more in some models than in others, so "
+            "no single scale is right for the whole way. A static quantizer uses one all the "
+            "same. A dynamic one measures every input while it runs, which costs time. Temporal "
+            "dynamic quantization (TDQ) learns each scale as a function of t and stores it in a "
+            "table, so that sampling only looks it up."
         ),
         paragraph(
             f"Here, {report['bits']} means weights of {weights} bits and activations of "

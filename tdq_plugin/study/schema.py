@@ -131,10 +131,10 @@ def validate_report(report: Report) -> None:
         ConfigError: A key is missing, or a value is not one the schema allows.
 
     Example:
-        >>> validate_report({"recipe": "mine"})
+        >>> validate_report({"recipe": "mine", "seed": 0, "bits": "W8A4"})
         Traceback (most recent call last):
         ...
-        tdq_plugin.errors.ConfigError: The report lacks bits, latency, rows, seed, size_bytes, ...
+        tdq_plugin.errors.ConfigError: The report lacks latency, rows, size_bytes, versions.
     """
     _require("The report", report, Report.__required_keys__)
     _require("latency", report["latency"], Latency.__required_keys__)

@@ -1,0 +1,105 @@
+"""How a scale bank is attached to a graph that torch.ao's FX mode prepared."""
+
+from torch import fx, nn
+
+from tdq_plugin.adapters.torch_ao.fake_quantize import TDQFakeQuantize, TDQWeightFakeQuantize
+from tdq_plugin.errors import AdapterError
+from tdq_plugin.graph.compute import is_layer, operand_indices
+from tdq_plugin.graph.scale_edge import connect_scales
+from tdq_plugin.graph.timestep_node import find_timestep_node, insert_timestep_node
+from tdq_plugin.graph.timestep_path import Source, sources
+from tdq_plugin.quantizer import ActivationQuantizer
+from tdq_plugin.registry import register_adapter
+from tdq_plugin.timestep import find_timestep_argument
+
+__all__ = ["TorchAOAdapter"]
+
+
+@register_adapter("torch_ao")
+class TorchAOAdapter:
+    """Graphs from `prepare_qat_fx` and `prepare_fx` with `TDQFakeQuantize` in the qconfig."""
+
+    @staticmethod
+    def covers(model: nn.Module) -> bool:
+        return isinstance(model, fx.GraphModule) and any(
+            isinstance(module, TDQFakeQuantize) for module in model.modules()
+        )
+
+    @staticmethod
+    def quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+        graph_module = _as_graph_module(model)
+        _strip(graph_module)
+        _initialise_weights(graph_module)
+        nodes = _quantizer_nodes(graph_module)
+        return {name: _module(graph_module, node) for name, node in _name(nodes).items()}
+
+    @staticmethod
+    def connect(model: nn.Module, timestep_argument: str | None) -> None:
+        graph_module = _as_graph_module(model)
+        if find_timestep_node(graph_module.graph) is None:
+            names = [str(n.target) for n in graph_module.graph.find_nodes(op="placeholder")]
+            timestep = find_timestep_argument(graph_module.forward, timestep_argument)
+            sample = next((name for name in names if name != timestep), None)
+            insert_timestep_node(graph_module.graph, timestep, sample)
+        connect_scales(graph_module, list(_name(_quantizer_nodes(graph_module)).values()))
+
+
+def _strip(graph_module: fx.GraphModule) -> None:
+    """Keep the quantizers of compute layers' inputs; torch.ao also observes outputs and more."""
+    graph = graph_module.graph
+    depends = sources(graph)
+    for node in _quantizer_nodes(graph_module):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        on_path = Source.SAMPLE in depends[node] or Source.TIMESTEP not in depends[node]
+        for user in list(node.users):
+            operands = {user.args[index] for index in operand_indices(user)}
+            if node not in operands or not on_path:
+                user.replace_input_with(node, source)
+        if not node.users:
+            graph.erase_node(node)
+    graph_module.delete_all_unused_submodules()
+    graph_module.recompile()
+
+
+def _initialise_weights(graph_module: fx.GraphModule) -> None:
+    for module in graph_module.modules():
+        quantizer = getattr(module, "weight_fake_quant", None)
+        if isinstance(quantizer, TDQWeightFakeQuantize) and quantizer.scale.numel() == 0:
+            quantizer.initialise(module.weight)
+
+
+def _quantizer_nodes(graph_module: fx.GraphModule) -> list[fx.Node]:
+    return [
+        node
+        for node in graph_module.graph.nodes
+        if node.op == "call_module"
+        and isinstance(graph_module.get_submodule(str(node.target)), TDQFakeQuantize)
+    ]
+
+
+def _name(nodes: list[fx.Node]) -> dict[str, fx.Node]:
+    """Name each quantizer by its first consumer, so that names agree between frameworks."""
+    named: dict[str, fx.Node] = {}
+    products: dict[fx.Node, str] = {}
+    for node in nodes:
+        user = next(user for user in node.users if operand_indices(user))
+        if is_layer(user):
+            name = f"{user.target}.input"
+        else:
+            product = products.setdefault(user, f"product.{len(products)}")
+            name = f"{product}.{list(user.args).index(node)}"
+        named[name] = node
+    return named
+
+
+def _module(graph_module: fx.GraphModule, node: fx.Node) -> TDQFakeQuantize:
+    module = graph_module.get_submodule(str(node.target))
+    assert isinstance(module, TDQFakeQuantize)
+    return module
+
+
+def _as_graph_module(model: nn.Module) -> fx.GraphModule:
+    if not isinstance(model, fx.GraphModule):
+        raise AdapterError(f"Expected a GraphModule from prepare_qat_fx, not {type(model).__name__}.")
+    return model

@@ -1,0 +1,100 @@
+"""torch.ao fake-quantize classes: activations by a scale bank, weights by LSQ per channel."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.ao.quantization import FakeQuantizeBase, MinMaxObserver
+
+from tdq_plugin.grid import activation_grid, weight_grid
+from tdq_plugin.quantizer import ActivationQuantizer
+from tdq_plugin.weights import WeightQuantizer
+
+__all__ = ["TDQFakeQuantize", "TDQWeightFakeQuantize"]
+
+
+class TDQFakeQuantize(ActivationQuantizer, FakeQuantizeBase):
+    """Activation fake-quantize for a `QConfig`; its scale is a row of the model's scale bank.
+
+    It keeps no running statistics: calibrate with `tdq_plugin.calibrate`. torch.ao's
+    `disable_fake_quant` and `enable_fake_quant` work; its observer switches have nothing to do.
+
+    Args:
+        bits: 2 to 8.
+        symmetric: Signed codes and a zero point of 0; else unsigned codes with a zero point.
+
+    Example:
+        >>> constructor = TDQFakeQuantize.with_args(bits=4)
+        >>> constructor().quant_max
+        15
+    """
+
+    is_dynamic = False
+    ch_axis = -1
+
+    def __init__(self, bits: int = 8, symmetric: bool = False) -> None:
+        super().__init__(activation_grid(bits, symmetric))
+        self.quant_min, self.quant_max = self.grid.quant_min, self.grid.quant_max
+        self.dtype = torch.qint8 if symmetric else torch.quint8
+        self.qscheme = torch.per_tensor_symmetric if symmetric else torch.per_tensor_affine
+        # torch.ao's prepare reads dtype and range from an observer of this name.
+        self.activation_post_process = MinMaxObserver(
+            dtype=self.dtype,
+            qscheme=self.qscheme,
+            quant_min=self.quant_min,
+            quant_max=self.quant_max,
+        )
+
+    def enable_fake_quant(self, enabled: bool = True) -> None:
+        """Quantize, or let activations pass."""
+        super().enable_fake_quant(enabled)
+        self.mode = "quantize" if enabled else "off"
+
+    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
+        """Refused: a single scale would throw the timestep away.
+
+        Raises:
+            AdapterError: Always.
+        """
+        from tdq_plugin.errors import AdapterError
+
+        raise AdapterError(
+            "A TDQ activation has no single scale, so torch.ao's own convert cannot take it. "
+            "Use tdq_plugin.adapters.torch_ao.convert, or tdq_plugin.lower_to_int8."
+        )
+
+    def convert(self, model: fx.GraphModule, node: fx.Node) -> None:
+        """Called by torch.ao's convert: replace this quantizer by decomposed operators."""
+        from tdq_plugin.adapters.torch_ao.convert import decompose
+
+        decompose(model, node, self)
+
+
+class TDQWeightFakeQuantize(WeightQuantizer, FakeQuantizeBase):
+    """Weight fake-quantize for a `QConfig`: symmetric, per output channel, LSQ gradients.
+
+    Args:
+        bits: 2 to 8.
+        factory_kwargs: Passed by torch.ao's QAT modules; device and dtype follow the weight.
+    """
+
+    is_dynamic = False
+    is_per_channel = True
+    ch_axis = 0
+    dtype = torch.qint8
+    qscheme = torch.per_channel_symmetric
+
+    def __init__(self, bits: int = 8, factory_kwargs: dict[str, Any] | None = None) -> None:
+        super().__init__(weight_grid(bits))
+        self.quant_min, self.quant_max = self.grid.quant_min, self.grid.quant_max
+        self.activation_post_process = nn.Identity()
+
+    def enable_fake_quant(self, enabled: bool = True) -> None:
+        """Quantize, or let the weight pass."""
+        super().enable_fake_quant(enabled)
+        self.enabled = enabled
+
+    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
+        """Scales and zero points (all 0) of the output channels."""
+        scale = self.positive_scale().detach()
+        return scale, torch.zeros_like(scale, dtype=torch.int64)

@@ -1,0 +1,102 @@
+"""Which layers torch.ao prepares, with how many bits."""
+
+import torch
+from torch import fx, nn
+from torch.ao.quantization import QConfig, QConfigMapping
+from torch.ao.quantization.backend_config import (
+    BackendConfig,
+    BackendPatternConfig,
+    DTypeConfig,
+    ObservationType,
+    get_native_backend_config,
+)
+
+from tdq_plugin.adapters.torch_ao.fake_quantize import TDQFakeQuantize, TDQWeightFakeQuantize
+from tdq_plugin.graph.compute import LAYERS, PRODUCTS, is_layer
+from tdq_plugin.graph.timestep_path import Source, sources
+
+__all__ = ["tdq_backend_config", "tdq_qconfig", "tdq_qconfig_mapping"]
+
+
+def tdq_qconfig(
+    activation_bits: int = 8, weight_bits: int = 8, symmetric_activations: bool = False
+) -> QConfig:
+    """A torch.ao `QConfig` with TDQ activations and LSQ weights."""
+    return QConfig(
+        activation=TDQFakeQuantize.with_args(
+            bits=activation_bits, symmetric=symmetric_activations
+        ),
+        weight=TDQWeightFakeQuantize.with_args(bits=weight_bits),
+    )
+
+
+def tdq_qconfig_mapping(
+    graph_module: fx.GraphModule,
+    activation_bits: int = 8,
+    weight_bits: int = 8,
+    symmetric_activations: bool = False,
+    first_last_bits: int | None = 8,
+    float_layers: tuple[str, ...] = (),
+) -> QConfigMapping:
+    """The mapping for `prepare_qat_fx` or `prepare_fx`: compute layers and matrix products.
+
+    Layers that depend on the timestep but not on the sample (the time embedding and its
+    projections) stay float.
+
+    Args:
+        graph_module: The traced model.
+        activation_bits: 2 to 8.
+        weight_bits: 2 to 8.
+        symmetric_activations: Signed activations without a zero point.
+        first_last_bits: Bits of the first and last layer, as is usual; None treats them as others.
+        float_layers: Names of further layers that stay float.
+
+    Returns:
+        A `QConfigMapping`.
+    """
+    qconfig = tdq_qconfig(activation_bits, weight_bits, symmetric_activations)
+    mapping = QConfigMapping().set_global(None)
+    for operation in (*LAYERS, *PRODUCTS):
+        mapping = mapping.set_object_type(operation, qconfig)
+    layers, conditioning = _layers(graph_module.graph)
+    if first_last_bits is not None and layers:
+        outer = tdq_qconfig(first_last_bits, first_last_bits, symmetric_activations)
+        mapping = mapping.set_module_name(layers[0], outer).set_module_name(layers[-1], outer)
+    for name in (*conditioning, *float_layers):
+        mapping = mapping.set_module_name(name, None)
+    return mapping
+
+
+def tdq_backend_config() -> BackendConfig:
+    """torch.ao's native backend, and the matrix products that it does not observe."""
+    config = get_native_backend_config()
+    quantized = DTypeConfig(input_dtype=torch.quint8, output_dtype=torch.quint8)
+    for operation in PRODUCTS:
+        pattern = BackendPatternConfig(operation)
+        pattern.set_observation_type(ObservationType.OUTPUT_USE_DIFFERENT_OBSERVER_AS_INPUT)
+        pattern.set_dtype_configs([quantized])
+        config.set_backend_pattern_config(pattern)
+    for layer in LAYERS:
+        config.set_backend_pattern_config(_with_signed_activations(config, layer))
+    return config
+
+
+def _with_signed_activations(config: BackendConfig, layer: type[nn.Module]) -> BackendPatternConfig:
+    known = next(c for c in config.configs if c.pattern is layer)
+    signed = DTypeConfig(torch.qint8, torch.qint8, torch.qint8, torch.float)
+    return known.set_dtype_configs([*known.dtype_configs, signed])
+
+
+def _layers(graph: fx.Graph) -> tuple[list[str], list[str]]:
+    """Layers on the sample's path, and layers of the timestep's path, in order of execution."""
+    found = sources(graph)
+    on_path, conditioning = [], []
+    for node in graph.nodes:
+        if not is_layer(node):
+            continue
+        depends = found[node]
+        if Source.TIMESTEP in depends and Source.SAMPLE not in depends:
+            conditioning.append(str(node.target))
+        else:
+            on_path.append(str(node.target))
+    return on_path, conditioning

@@ -1,0 +1,93 @@
+"""`attach`: give a prepared model the one module that sees the timestep."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+
+from tdq_plugin.errors import AdapterError
+from tdq_plugin.grid import QuantizationGrid
+from tdq_plugin.quantizer import ActivationQuantizer
+from tdq_plugin.registry import adapter_for
+from tdq_plugin.scales.bank import ScaleBank, TrainableBank
+from tdq_plugin.scales.generator import GeneratorBank
+
+__all__ = ["attach", "named_quantizers", "scale_bank", "set_scale_bank"]
+
+Model = TypeVar("Model", bound=nn.Module)
+BankFactory = Callable[[Mapping[str, QuantizationGrid]], TrainableBank]
+_QUANTIZER_PATHS = "_tdq_quantizer_paths"
+
+
+def attach(
+    model: Model, bank: BankFactory = GeneratorBank, timestep_argument: str | None = None
+) -> Model:
+    """Attach a scale bank to a model that a framework has prepared; in place.
+
+    Args:
+        model: The prepared model.
+        bank: Makes the bank from the grids by quantizer name. `GeneratorBank` is TDQ; pass
+            `functools.partial(GeneratorBank, config=...)` to configure it, or another bank.
+        timestep_argument: Name of forward's argument that holds the timestep, if it is not
+            `timestep`, `timesteps` or `t`.
+
+    Returns:
+        The model, with the bank as `model.scale_bank`.
+
+    Raises:
+        AdapterError: No adapter covers the model, it is attached already, or it has no quantizers.
+        TimestepError: The model's forward has no timestep argument.
+    """
+    if hasattr(model, "scale_bank"):
+        raise AdapterError(
+            "The model has a scale bank already. Use set_scale_bank to exchange it."
+        )
+    adapter = adapter_for(model)
+    quantizers = adapter.quantizers(model)
+    if not quantizers:
+        raise AdapterError(
+            "No compute layer of the model has a TDQ activation quantizer. "
+            "Check the qconfig that the model was prepared with."
+        )
+    paths = {id(module): path for path, module in model.named_modules()}
+    setattr(model, _QUANTIZER_PATHS, {name: paths[id(q)] for name, q in quantizers.items()})
+    model.scale_bank = bank({name: q.grid for name, q in quantizers.items()})
+    adapter.connect(model, timestep_argument)
+    return model
+
+
+def scale_bank(model: nn.Module) -> ScaleBank:
+    """The model's bank.
+
+    Raises:
+        AdapterError: The model is not attached.
+    """
+    bank = getattr(model, "scale_bank", None)
+    if not isinstance(bank, ScaleBank):
+        raise AdapterError(
+            f"This {type(model).__name__} has no scale bank. Call tdq_plugin.attach(model) first."
+        )
+    return bank
+
+
+def set_scale_bank(model: nn.Module, bank: ScaleBank) -> None:
+    """Exchange the bank for another one with the same quantizers.
+
+    Raises:
+        TableMismatchError: The quantizers' names differ.
+    """
+    from tdq_plugin.freeze import check_names
+
+    check_names(expected=scale_bank(model).names, given=bank.names)
+    model.scale_bank = bank.to(scale_bank(model).device)
+
+
+def named_quantizers(model: nn.Module) -> Iterator[tuple[str, ActivationQuantizer]]:
+    """Name and module of every attached activation quantizer, in row order of the bank."""
+    scale_bank(model)
+    paths: dict[str, str] = getattr(model, _QUANTIZER_PATHS)
+    for name, path in paths.items():
+        quantizer: Any = model.get_submodule(path)
+        yield name, quantizer
+
+

@@ -1,0 +1,146 @@
+"""`calibrate`: observe activations per timestep and set every quantizer's scale from them."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdq_plugin.attach import named_quantizers, scale_bank
+from tdq_plugin.errors import AdapterError
+from tdq_plugin.observe import Observation, TimestepObserver
+from tdq_plugin.ranges import RangeMethod, search_range, search_scale
+from tdq_plugin.scales.bank import ScaleBank, TrainableBank
+from tdq_plugin.timestep import as_timesteps
+
+__all__ = ["calibrate", "calibration", "initialise_scales"]
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, ...] | dict[str, Any]],
+    method: RangeMethod = "mse",
+    warm_start: bool = True,
+    **options: Any,
+) -> dict[str, Observation]:
+    """Run calibration batches through the float model and set the scales.
+
+    Args:
+        model: An attached model.
+        batches: Arguments of the model, as tuples or dictionaries. Timesteps may be mixed.
+        method: How a range becomes a scale, see `tdq_plugin.ranges`.
+        warm_start: Let the bank follow the observed ranges over t from the start; else it starts
+            at the static scale for every t.
+        **options: As for `calibration`.
+
+    Returns:
+        What was observed, by quantizer name.
+
+    Raises:
+        CalibrationError: No data, values that are not finite, or timesteps outside the process.
+    """
+    with calibration(model, **options) as observers, torch.no_grad():
+        for batch in batches:
+            if isinstance(batch, dict):
+                model(**batch)
+            else:
+                model(*batch)
+    observations = {name: observer.result() for name, observer in observers.items()}
+    initialise_scales(scale_bank(model), observations, method, warm_start)
+    return observations
+
+
+@contextmanager
+def calibration(
+    model: nn.Module, num_timesteps: int = 1000, bins: int = 50, samples: int = 2048
+) -> Iterator[dict[str, TimestepObserver]]:
+    """Within the block, every call of the model is float and is observed.
+
+    Args:
+        model: An attached model.
+        num_timesteps: Length of the diffusion process.
+        bins: Number of equal intervals of timesteps that get statistics of their own.
+        samples: Values kept per quantizer and bin.
+
+    Yields:
+        The observers by quantizer name; `initialise_scales` turns their results into scales.
+    """
+    quantizers = dict(named_quantizers(model))
+    bank = scale_bank(model)
+    observers = {
+        name: TimestepObserver(name, num_timesteps, bins, samples, seed=row)
+        for row, name in enumerate(quantizers)
+    }
+    modes = {name: quantizer.mode for name, quantizer in quantizers.items()}
+    watch = _Watch(bank)
+    handle = model.register_forward_hook(lambda *_: watch.collect(quantizers, observers))
+    model.scale_bank = watch
+    for quantizer in quantizers.values():
+        quantizer.mode = "observe"
+    try:
+        yield observers
+    finally:
+        handle.remove()
+        model.scale_bank = bank
+        for name, quantizer in quantizers.items():
+            quantizer.mode = modes[name]
+            quantizer.observed.clear()
+
+
+def initialise_scales(
+    bank: ScaleBank,
+    observations: dict[str, Observation],
+    method: RangeMethod = "mse",
+    warm_start: bool = True,
+) -> None:
+    """Set a bank's static scales and zero points, then let it follow the ranges over t.
+
+    The static scale comes from the values of all timesteps together.
+    """
+    if not isinstance(bank, TrainableBank):
+        raise AdapterError(f"A {type(bank).__name__} cannot be calibrated: it is frozen.")
+    static, curves = [], []
+    for name, grid in zip(bank.names, bank.grids, strict=True):
+        seen = observations[name]
+        limits = torch.stack([seen.limits[:, 0].min(), seen.limits[:, 1].max()])[None]
+        pooled = seen.values.reshape(1, -1)
+        scale, zero_point = search_range(pooled, grid, method, limits=limits)
+        static.append(torch.cat([scale, zero_point]))
+        if bank.timestep_zero_point:
+            scales, zeros = search_range(seen.values, grid, method, limits=seen.limits)
+        else:
+            zeros = zero_point.expand(len(seen.timesteps))
+            scales = search_scale(seen.values, zeros, grid, method, limits=seen.limits)
+        curves.append(torch.stack([scales, zeros]))
+    scale, zero_point = torch.stack(static).unbind(1)
+    bank.set_static(scale.to(bank.device), zero_point.to(bank.device))
+    if warm_start:
+        timesteps = next(iter(observations.values())).timesteps
+        scales, zeros = torch.stack(curves).unbind(1)
+        bank.warm_start(timesteps, scales, zeros)
+
+
+class _Watch(ScaleBank):
+    """Stands in for the bank during calibration: remembers t, gives scales that nobody reads."""
+
+    def __init__(self, bank: ScaleBank) -> None:
+        super().__init__(dict(zip(bank.names, bank.grids, strict=True)))
+        self.seen: list[Tensor] = []
+        self._device = bank.device
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def rows(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        self.seen.append(timesteps)
+        ones = torch.ones(len(self.names), timesteps.shape[0], device=timesteps.device)
+        return ones, ones
+
+    def collect(self, quantizers: dict[str, Any], observers: dict[str, TimestepObserver]) -> None:
+        timesteps = as_timesteps(self.seen.pop())
+        for name, quantizer in quantizers.items():
+            for x in quantizer.observed:
+                observers[name].update(x, timesteps)
+            quantizer.observed.clear()

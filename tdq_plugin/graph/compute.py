@@ -1,0 +1,40 @@
+"""The operations whose inputs are quantized: layers with weights, and matrix products."""
+
+import operator
+
+import torch
+from torch import fx, nn
+
+__all__ = ["LAYERS", "PRODUCTS", "is_layer", "is_product", "operand_indices"]
+
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
+PRODUCTS = {
+    torch.matmul: 2,
+    operator.matmul: 2,
+    torch.bmm: 2,
+    torch.baddbmm: 3,
+    nn.functional.scaled_dot_product_attention: 3,
+}
+
+
+def is_layer(node: fx.Node) -> bool:
+    """Whether the node calls a convolution or a linear layer."""
+    if node.op != "call_module":
+        return False
+    return isinstance(node.graph.owning_module.get_submodule(str(node.target)), LAYERS)
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether the node multiplies two activations."""
+    return node.op == "call_function" and node.target in PRODUCTS
+
+
+def operand_indices(node: fx.Node) -> list[int]:
+    """Positions of the arguments that are quantized."""
+    if is_layer(node):
+        return [0]
+    if not is_product(node):
+        return []
+    # baddbmm adds its first argument, it does not multiply it.
+    first = 1 if node.target is torch.baddbmm else 0
+    return list(range(first, PRODUCTS[node.target]))

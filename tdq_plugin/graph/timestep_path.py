@@ -1,0 +1,57 @@
+"""Which nodes of a graph depend on the timestep, and on nothing that differs between samples."""
+
+from enum import Flag, auto
+
+import torch
+from torch import fx
+
+from tdq_plugin.graph.timestep_node import find_timestep_node
+
+__all__ = ["Source", "sources"]
+
+_SHAPE_ATTRIBUTES = {"shape", "dtype", "device"}
+_SHAPE_METHODS = {"size", "dim", "numel"}
+
+
+class Source(Flag):
+    """What a node's value depends on."""
+
+    NOTHING = 0
+    TIMESTEP = auto()
+    CONDITION = auto()
+    SAMPLE = auto()
+
+
+def sources(graph: fx.Graph) -> dict[fx.Node, Source]:
+    """What each node depends on; the shape of a tensor counts as nothing.
+
+    The first input that is not the timestep is the sample, further ones are conditions such as
+    class labels or text embeddings.
+    """
+    timesteps = find_timestep_node(graph)
+    raw = timesteps.args[0] if timesteps is not None else None
+    inputs = [node for node in graph.find_nodes(op="placeholder") if node is not raw]
+    found: dict[fx.Node, Source] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            first = bool(inputs) and node is inputs[0]
+            found[node] = Source.SAMPLE if first else Source.CONDITION
+            if node is raw:
+                found[node] = Source.TIMESTEP
+        elif node is timesteps:
+            found[node] = Source.TIMESTEP
+        elif _reads_shape(node):
+            found[node] = Source.NOTHING
+        else:
+            found[node] = Source.NOTHING
+            for argument in node.all_input_nodes:
+                found[node] |= found[argument]
+    return found
+
+
+def _reads_shape(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in _SHAPE_METHODS
+    if node.target is getattr:
+        return node.args[1] in _SHAPE_ATTRIBUTES
+    return node.op == "call_function" and node.target is torch.numel
