@@ -1,0 +1,94 @@
+"""Recipes: one readable script and one YAML configuration each, found by name.
+
+A recipe's module and its frameworks are imported when the recipe is loaded, not when it is listed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tdq_plugin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tdq_plugin.recipes.config import RecipeConfig
+
+__all__ = ["RECIPES", "Recipe", "find_recipe"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Where to find a recipe.
+
+    Attributes:
+        name: What `tdq run` takes.
+        module: The module with the function `run(config)`, below `tdq_plugin.recipes`.
+        schema: The name of the configuration class in that module.
+        description: One line.
+    """
+
+    name: str
+    module: str
+    schema: str
+    description: str
+
+    def configure(self, overrides: list[str] | None = None) -> "RecipeConfig":
+        """Read the recipe's YAML file and apply `key=value` overrides.
+
+        Raises:
+            ConfigError: An override or a value is not valid.
+        """
+        from tdq_plugin.recipes.config import CONFIG_FOLDER, load_config
+
+        schema: type[RecipeConfig] = getattr(self._load(), self.schema)
+        return load_config(schema, CONFIG_FOLDER / f"{self.name}.yaml", overrides)
+
+    def run(self, config: "RecipeConfig") -> Path:
+        """Run the recipe; return the folder of its results."""
+        run: Callable[[RecipeConfig], Path] = self._load().run
+        return run(config)
+
+    def _load(self) -> Any:
+        return import_module(f"{__name__}.{self.module}")
+
+
+_ALL = (
+    Recipe(
+        "ddim-digits-ptq",
+        "ddim_digits_ptq",
+        "PTQConfig",
+        "Quantize the digits DDIM without retraining: static, TDQ and rivals side by side",
+    ),
+    Recipe(
+        "ddim-digits-pretrain",
+        "ddim_digits_pretrain",
+        "PretrainConfig",
+        "Train the digits DDIM in float32, the model that the other recipes quantize",
+    ),
+    Recipe(
+        "digits-classifier",
+        "digits_classifier",
+        "ClassifierConfig",
+        "Train the small CNN whose features measure digit samples",
+    ),
+)
+RECIPES = {recipe.name: recipe for recipe in _ALL}
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of a name.
+
+    Raises:
+        ConfigError: There is none; the message lists the recipes and the nearest name.
+
+    Example:
+        >>> find_recipe("digits-classifier").schema
+        'ClassifierConfig'
+    """
+    if name in RECIPES:
+        return RECIPES[name]
+    near = get_close_matches(name, RECIPES, n=1)
+    suggestion = f" Did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"No recipe is called {name!r}.{suggestion} Recipes: {', '.join(RECIPES)}.")

@@ -68,7 +68,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise ConfigError(f"Override {override!r}: {parent!r} is a value, not a section.")
-    values[last] = yaml.safe_load(text)
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Override {override!r}: {text!r} is not YAML.") from error
 
 
 def _explain(schema: type[BaseModel], error: ValidationError) -> str:

@@ -101,9 +101,7 @@ def run(config: PretrainConfig) -> Path:
         training.load(checkpoint)
     scheduler = DDIMScheduler(num_train_timesteps=1000)
     images, _ = load_digits(config.unet["sample_size"])
-    progress = tqdm(
-        total=config.iterations, initial=training.step, desc="pretrain", mininterval=10
-    )
+    progress = tqdm(total=config.iterations, initial=training.step, desc="pretrain", mininterval=10)
     while training.step < config.iterations:
         training.losses.append(train_step(training, images, scheduler))
         training.step += 1

@@ -39,9 +39,7 @@ def attach(
         TimestepError: The model's forward has no timestep argument.
     """
     if hasattr(model, "scale_bank"):
-        raise AdapterError(
-            "The model has a scale bank already. Use set_scale_bank to exchange it."
-        )
+        raise AdapterError("The model has a scale bank already. Use set_scale_bank to exchange it.")
     adapter = adapter_for(model)
     quantizers = adapter.quantizers(model)
     if not quantizers:
@@ -89,5 +87,3 @@ def named_quantizers(model: nn.Module) -> Iterator[tuple[str, ActivationQuantize
     for name, path in paths.items():
         quantizer: Any = model.get_submodule(path)
         yield name, quantizer
-
-

@@ -37,14 +37,14 @@ def fake_quantize(
         tensor([[0.2000],
                 [1.0000]])
     """
-    scale, zero_point = per_sample(scale, x), per_sample(zero_point, x)
-    if torch.is_grad_enabled() and (
-        x.requires_grad or scale.requires_grad or zero_point.requires_grad
-    ):
-        output: Tensor = _LearnedStep.apply(x, scale, zero_point, quant_min, quant_max)
+    step, zero = per_sample(scale, x), per_sample(zero_point, x)
+    if torch.is_grad_enabled() and (x.requires_grad or step.requires_grad or zero.requires_grad):
+        factor = gradient_scale(x, scale, quant_max)
+        output: Tensor = _LearnedStep.apply(  # type: ignore[no-untyped-call]
+            x, step, zero, quant_min, quant_max, factor
+        )
         return output
-    levels = _levels(x * (1 / scale), zero_point, quant_min, quant_max)
-    return levels.mul_(scale).to(x.dtype)
+    return _levels(x * (1 / step), zero, quant_min, quant_max).mul_(step).to(x.dtype)
 
 
 def quantize(
@@ -105,12 +105,18 @@ class _LearnedStep(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        quant_min: int,
+        quant_max: int,
+        factor: float,
     ) -> Tensor:
         steps = x * (1 / scale)
         levels = _levels(steps, zero_point, quant_min, quant_max)
         ctx.save_for_backward(steps, levels, scale, zero_point)
-        ctx.quant_min, ctx.quant_max, ctx.dtype = quant_min, quant_max, x.dtype
+        ctx.quant_min, ctx.quant_max, ctx.factor, ctx.dtype = quant_min, quant_max, factor, x.dtype
         return (levels * scale).to(x.dtype)
 
     @staticmethod
@@ -121,13 +127,13 @@ class _LearnedStep(torch.autograd.Function):
         low, high = ctx.quant_min - zero_point, ctx.quant_max - zero_point
         inside = torch.minimum(torch.maximum(steps, low), high).eq_(steps)
         gradient_x = gradient * inside
-        factor = gradient_scale(steps, scale, ctx.quant_max)
         gradient_scale_ = _dot(gradient, levels, scale) - _dot(gradient_x, steps, scale)
         gradient_zero = (_total(gradient_x, scale) - _total(gradient, scale)) * scale
         return (
             gradient_x.to(ctx.dtype),
-            gradient_scale_ * factor,
-            gradient_zero * factor,
+            gradient_scale_ * ctx.factor,
+            gradient_zero * ctx.factor,
+            None,
             None,
             None,
         )
@@ -135,7 +141,8 @@ class _LearnedStep(torch.autograd.Function):
 
 def _dot(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     count = max(scale.numel(), 1)
-    return torch.linalg.vecdot(a.reshape(count, -1), b.reshape(count, -1)).reshape(scale.shape)
+    products: Tensor = torch.linalg.vecdot(a.reshape(count, -1), b.reshape(count, -1))
+    return products.reshape(scale.shape)
 
 
 def _total(a: Tensor, scale: Tensor) -> Tensor:

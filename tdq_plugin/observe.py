@@ -69,7 +69,7 @@ class TimestepObserver:
             CalibrationError: `x` has values that are not finite, or t is outside the process.
         """
         x, timesteps = x.detach().float().cpu(), timesteps.cpu()
-        if not bool(x.isfinite().all()):
+        if not torch.stack(x.aminmax()).isfinite().all():
             raise CalibrationError(
                 f"The input of {self.name!r} has NaN or infinite values at timestep "
                 f"{timesteps.tolist()[:5]}. Check the model and the calibration data."
@@ -123,17 +123,8 @@ class TimestepObserver:
         low, high = values.aminmax()
         self.limits[index, 0] = torch.minimum(self.limits[index, 0], low)
         self.limits[index, 1] = torch.maximum(self.limits[index, 1], high)
-        wide = values.double()
-        self.moments[index] += torch.tensor(
-            [
-                len(values),
-                wide.sum().item(),
-                wide.square().sum().item(),
-                len(timesteps),
-                timesteps.double().sum().item(),
-            ],
-            dtype=torch.float64,
-        )
+        moments = (len(values), values.sum(), values.dot(values), len(timesteps), timesteps.sum())
+        self.moments[index] += torch.tensor([float(m) for m in moments], dtype=torch.float64)
         # The smallest of n exponential keys are the first arrivals of a Poisson process of rate
         # n: no need to draw all n.
         draws = min(len(values), self.keys.shape[1])

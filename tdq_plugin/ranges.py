@@ -37,15 +37,15 @@ def search_range(
 
     Example:
         >>> from tdq_plugin.grid import activation_grid
-        >>> scale, zero_point = search_range(torch.tensor([[-1.0, 2.0]]), activation_grid(2), "minmax")
-        >>> scale, zero_point
+        >>> values = torch.tensor([[-1.0, 2.0]])
+        >>> search_range(values, activation_grid(2), "minmax")
         (tensor([1.]), tensor([1.]))
     """
     low, high = _outer_range(values, method, percentile, limits)
     if method != "mse":
         return _affine(low, high, grid)
-    best_error = torch.full_like(low, torch.inf)
     best_scale, best_zero = _affine(low, high, grid)
+    best_error = rounding_error(values, best_scale, best_zero, grid)
     for factor in _FACTORS.tolist():
         scale, zero_point = _affine(low * factor, high * factor, grid)
         error = rounding_error(values, scale, zero_point, grid)
@@ -69,7 +69,7 @@ def search_scale(
     full = _covering_scale(low, high, zero_point, grid)
     if method != "mse":
         return full
-    best_error, best_scale = torch.full_like(full, torch.inf), full
+    best_error, best_scale = rounding_error(values, full, zero_point, grid), full
     for factor in _FACTORS.tolist():
         scale = (full * factor).clamp(min=SCALE_FLOOR)
         error = rounding_error(values, scale, zero_point, grid)

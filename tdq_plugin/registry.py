@@ -8,7 +8,13 @@ from torch import nn
 from tdq_plugin.errors import AdapterError
 from tdq_plugin.quantizer import ActivationQuantizer
 
-__all__ = ["Adapter", "adapter_for", "register_adapter"]
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "Adapter",
+    "adapter_for",
+    "register_adapter",
+    "unavailable_adapters",
+]
 
 ENTRY_POINT_GROUP = "tdq_plugin.adapters"
 
@@ -59,10 +65,14 @@ def adapter_for(model: nn.Module) -> type[Adapter]:
     Raises:
         AdapterError: None does; the message lists the adapters and why some could not load.
     """
-    missing = _load_entry_points()
-    for adapter in _ADAPTERS.values():
-        if adapter.covers(model):
-            return adapter
+    # Whoever prepared the model has imported its adapter: the other frameworks need not load.
+    found = _covering(model)
+    if found is not None:
+        return found
+    missing = unavailable_adapters()
+    found = _covering(model)
+    if found is not None:
+        return found
     known = ", ".join(sorted(_ADAPTERS)) or "none"
     unavailable = "".join(f" {name} is not available: {why}." for name, why in missing.items())
     raise AdapterError(
@@ -71,7 +81,8 @@ def adapter_for(model: nn.Module) -> type[Adapter]:
     )
 
 
-def _load_entry_points() -> dict[str, str]:
+def unavailable_adapters() -> dict[str, str]:
+    """Import every adapter that is installed; the names of those that fail, and why."""
     missing = {}
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         if entry.name in _ADAPTERS:
@@ -81,3 +92,7 @@ def _load_entry_points() -> dict[str, str]:
         except ImportError as error:
             missing[entry.name] = str(error)
     return missing
+
+
+def _covering(model: nn.Module) -> type[Adapter] | None:
+    return next((adapter for adapter in _ADAPTERS.values() if adapter.covers(model)), None)

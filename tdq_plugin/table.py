@@ -11,13 +11,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tdq_plugin.errors import ConfigError, ScaleError, TableFormatError
+from tdq_plugin.errors import ScaleError, TableFormatError
 from tdq_plugin.files import atomic_file
 from tdq_plugin.grid import QuantizationGrid
 
 __all__ = ["FORMAT_VERSION", "ScaleTable", "load_table"]
 
 FORMAT_VERSION = 1
+_TENSORS = ("timesteps", "scales", "zero_points")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,11 @@ class ScaleTable:
     zero_points: Tensor
 
     def __post_init__(self) -> None:
-        steps, rows = len(self.timesteps), len(self.grids)
+        for name in _TENSORS:
+            dtype = getattr(self, name).dtype
+            if dtype != torch.float32:
+                raise ScaleError(f"The {name} are {dtype}; a table is float32. Convert them.")
+        steps, rows = self.timesteps.numel(), len(self.grids)
         if self.scales.shape != (steps, rows):
             raise ScaleError(
                 f"The scales have shape {tuple(self.scales.shape)}, but there are {steps} "
@@ -52,7 +57,7 @@ class ScaleTable:
                 f"The zero points have shape {tuple(self.zero_points.shape)}; "
                 f"expected (1, {rows}) or ({steps}, {rows})."
             )
-        if steps == 0 or not bool((self.timesteps.diff() > 0).all()):
+        if steps == 0 or self.timesteps.dim() != 1 or not bool((self.timesteps.diff() > 0).all()):
             raise ScaleError(f"The timesteps {self.timesteps.tolist()[:5]}... do not ascend.")
         self._check_values()
 
@@ -62,7 +67,9 @@ class ScaleTable:
             if not bool((scales.isfinite() & (scales > 0)).all()):
                 wrong = scales[~(scales.isfinite() & (scales > 0))][0].item()
                 raise ScaleError(f"A scale of {name!r} is {wrong}; it must be positive and finite.")
-            inside = (zeros >= grid.quant_min) & (zeros <= grid.quant_max) & (zeros == zeros.round())
+            inside = (
+                (zeros >= grid.quant_min) & (zeros <= grid.quant_max) & (zeros == zeros.round())
+            )
             if not bool(inside.all()):
                 raise ScaleError(
                     f"A zero point of {name!r} is {zeros[~inside][0].item()}; it must be one of "
@@ -101,18 +108,15 @@ def load_table(path: str | Path) -> ScaleTable:
         with safe_open(str(path), framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, FileNotFoundError) as error:
+    except (SafetensorError, OSError) as error:
         raise TableFormatError(f"{path} is not a readable safetensors file: {error}.") from error
     _check_format(path, metadata)
     try:
         return ScaleTable(_grids(metadata["grids"]), **{key: tensors[key] for key in _TENSORS})
-    except (KeyError, TypeError, ValueError, ConfigError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, ScaleError):
             raise
         raise TableFormatError(f"{path} is not a complete scale table: {error!r}.") from error
-
-
-_TENSORS = ("timesteps", "scales", "zero_points")
 
 
 def _check_format(path: str | Path, metadata: dict[str, str]) -> None:

@@ -1,8 +1,13 @@
 """How a scale bank is attached to a graph that torch.ao's FX mode prepared."""
 
-from torch import fx, nn
+from collections import Counter
+from typing import cast
 
-from tdq_plugin.adapters.torch_ao.fake_quantize import TDQFakeQuantize, TDQWeightFakeQuantize
+from torch import fx, nn
+from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
+
+from tdq_plugin.adapters.torch_ao.fake_quantize import TDQFakeQuantize, initialise_weights
+from tdq_plugin.attach import _QUANTIZER_PATHS
 from tdq_plugin.errors import AdapterError
 from tdq_plugin.graph.compute import is_layer, operand_indices
 from tdq_plugin.graph.scale_edge import connect_scales
@@ -29,7 +34,7 @@ class TorchAOAdapter:
     def quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
         graph_module = _as_graph_module(model)
         _strip(graph_module)
-        _initialise_weights(graph_module)
+        initialise_weights(graph_module)
         nodes = _quantizer_nodes(graph_module)
         return {name: _module(graph_module, node) for name, node in _name(nodes).items()}
 
@@ -42,6 +47,9 @@ class TorchAOAdapter:
             sample = next((name for name in names if name != timestep), None)
             insert_timestep_node(graph_module.graph, timestep, sample)
         connect_scales(graph_module, list(_name(_quantizer_nodes(graph_module)).values()))
+        # A GraphModule forgets plain attributes when it is copied, unless they are listed here.
+        preserved = graph_module.meta.setdefault(_USER_PRESERVED_ATTRIBUTES_KEY, {})
+        preserved[_QUANTIZER_PATHS] = getattr(graph_module, _QUANTIZER_PATHS)
 
 
 def _strip(graph_module: fx.GraphModule) -> None:
@@ -54,19 +62,39 @@ def _strip(graph_module: fx.GraphModule) -> None:
         on_path = Source.SAMPLE in depends[node] or Source.TIMESTEP not in depends[node]
         for user in list(node.users):
             operands = {user.args[index] for index in operand_indices(user)}
-            if node not in operands or not on_path:
+            wanted = _wanted(graph_module, user) if node in operands and on_path else None
+            if wanted is None:
                 user.replace_input_with(node, source)
+            elif wanted.grid != _module(graph_module, node).grid:
+                user.replace_input_with(node, _with_grid(graph_module, node, wanted))
         if not node.users:
             graph.erase_node(node)
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
 
 
-def _initialise_weights(graph_module: fx.GraphModule) -> None:
-    for module in graph_module.modules():
-        quantizer = getattr(module, "weight_fake_quant", None)
-        if isinstance(quantizer, TDQWeightFakeQuantize) and quantizer.scale.numel() == 0:
-            quantizer.initialise(module.weight)
+def _wanted(graph_module: fx.GraphModule, user: fx.Node) -> TDQFakeQuantize | None:
+    """A new quantizer as the qconfig of a compute node asks for, None where it stays float.
+
+    torch.ao lets a layer's output observer serve the next layer's input, whatever the qconfig of
+    the next layer says.
+    """
+    observed = graph_module.meta["_observed_graph_module_attrs"]
+    qconfig = observed.node_name_to_qconfig.get(user.name)
+    quantizer = qconfig.activation() if qconfig is not None else None
+    return quantizer if isinstance(quantizer, TDQFakeQuantize) else None
+
+
+def _with_grid(graph_module: fx.GraphModule, node: fx.Node, quantizer: TDQFakeQuantize) -> fx.Node:
+    """The quantizer of the same value on another grid; made where there is none yet."""
+    grid = quantizer.grid
+    path = f"{node.target}_{'signed' if grid.signed else 'unsigned'}{grid.bits}"
+    known = graph_module.graph.find_nodes(op="call_module", target=path)
+    if known:
+        return cast(fx.Node, known[0])
+    graph_module.add_submodule(path, quantizer.train(graph_module.training))
+    with graph_module.graph.inserting_after(node):
+        return graph_module.graph.call_module(path, (node.args[0],))
 
 
 def _quantizer_nodes(graph_module: fx.GraphModule) -> list[fx.Node]:
@@ -82,10 +110,13 @@ def _name(nodes: list[fx.Node]) -> dict[str, fx.Node]:
     """Name each quantizer by its first consumer, so that names agree between frameworks."""
     named: dict[str, fx.Node] = {}
     products: dict[fx.Node, str] = {}
+    calls: Counter[str] = Counter()
     for node in nodes:
         user = next(user for user in node.users if operand_indices(user))
         if is_layer(user):
             name = f"{user.target}.input"
+            calls[name] += 1
+            name = f"{name}.{calls[name] - 1}" if calls[name] > 1 else name
         else:
             product = products.setdefault(user, f"product.{len(products)}")
             name = f"{product}.{list(user.args).index(node)}"
@@ -101,5 +132,7 @@ def _module(graph_module: fx.GraphModule, node: fx.Node) -> TDQFakeQuantize:
 
 def _as_graph_module(model: nn.Module) -> fx.GraphModule:
     if not isinstance(model, fx.GraphModule):
-        raise AdapterError(f"Expected a GraphModule from prepare_qat_fx, not {type(model).__name__}.")
+        raise AdapterError(
+            f"Expected a GraphModule from prepare_qat_fx, not {type(model).__name__}."
+        )
     return model

@@ -1,16 +1,17 @@
 """torch.ao fake-quantize classes: activations by a scale bank, weights by LSQ per channel."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.ao.quantization import FakeQuantizeBase, MinMaxObserver
 
+from tdq_plugin.errors import AdapterError
 from tdq_plugin.grid import activation_grid, weight_grid
 from tdq_plugin.quantizer import ActivationQuantizer
 from tdq_plugin.weights import WeightQuantizer
 
-__all__ = ["TDQFakeQuantize", "TDQWeightFakeQuantize"]
+__all__ = ["TDQFakeQuantize", "TDQWeightFakeQuantize", "initialise_weights"]
 
 
 class TDQFakeQuantize(ActivationQuantizer, FakeQuantizeBase):
@@ -56,8 +57,6 @@ class TDQFakeQuantize(ActivationQuantizer, FakeQuantizeBase):
         Raises:
             AdapterError: Always.
         """
-        from tdq_plugin.errors import AdapterError
-
         raise AdapterError(
             "A TDQ activation has no single scale, so torch.ao's own convert cannot take it. "
             "Use tdq_plugin.adapters.torch_ao.convert, or tdq_plugin.lower_to_int8."
@@ -72,6 +71,8 @@ class TDQFakeQuantize(ActivationQuantizer, FakeQuantizeBase):
 
 class TDQWeightFakeQuantize(WeightQuantizer, FakeQuantizeBase):
     """Weight fake-quantize for a `QConfig`: symmetric, per output channel, LSQ gradients.
+
+    Like torch.ao's own, it takes its first scales from the first weight that it sees.
 
     Args:
         bits: 2 to 8.
@@ -94,7 +95,20 @@ class TDQWeightFakeQuantize(WeightQuantizer, FakeQuantizeBase):
         super().enable_fake_quant(enabled)
         self.enabled = enabled
 
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.scale.numel() == 0:
+            self.initialise(weight)
+        return super().forward(weight)
+
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
         """Scales and zero points (all 0) of the output channels."""
         scale = self.positive_scale().detach()
         return scale, torch.zeros_like(scale, dtype=torch.int64)
+
+
+def initialise_weights(model: nn.Module) -> None:
+    """Set the scales of all weight quantizers that have none yet, from the layers' weights."""
+    for module in model.modules():
+        quantizer = getattr(module, "weight_fake_quant", None)
+        if isinstance(quantizer, TDQWeightFakeQuantize) and quantizer.scale.numel() == 0:
+            quantizer.initialise(cast(Tensor, module.weight))

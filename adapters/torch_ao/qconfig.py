@@ -1,7 +1,12 @@
 """Which layers torch.ao prepares, with how many bits."""
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
 import torch
-from torch import fx, nn
+from torch import fx
+from torch.ao.nn import qat
 from torch.ao.quantization import QConfig, QConfigMapping
 from torch.ao.quantization.backend_config import (
     BackendConfig,
@@ -12,21 +17,27 @@ from torch.ao.quantization.backend_config import (
 )
 
 from tdq_plugin.adapters.torch_ao.fake_quantize import TDQFakeQuantize, TDQWeightFakeQuantize
+from tdq_plugin.errors import ConfigError
 from tdq_plugin.graph.compute import LAYERS, PRODUCTS, is_layer
 from tdq_plugin.graph.timestep_path import Source, sources
 
-__all__ = ["tdq_backend_config", "tdq_qconfig", "tdq_qconfig_mapping"]
+__all__ = ["choose_layers", "tdq_backend_config", "tdq_qconfig", "tdq_qconfig_mapping"]
+
+_QAT_LAYERS = (qat.Conv1d, qat.Conv2d, qat.Linear)
+_ACTIVATIONS = (torch.quint8, torch.qint8)
+_LAYER_DTYPES = [DTypeConfig(codes, codes, torch.qint8, torch.float) for codes in _ACTIVATIONS]
+_PRODUCT_DTYPES = [DTypeConfig(codes, codes) for codes in _ACTIVATIONS]
 
 
 def tdq_qconfig(
     activation_bits: int = 8, weight_bits: int = 8, symmetric_activations: bool = False
 ) -> QConfig:
     """A torch.ao `QConfig` with TDQ activations and LSQ weights."""
+    activation: Any = TDQFakeQuantize
+    weight: Any = TDQWeightFakeQuantize
     return QConfig(
-        activation=TDQFakeQuantize.with_args(
-            bits=activation_bits, symmetric=symmetric_activations
-        ),
-        weight=TDQWeightFakeQuantize.with_args(bits=weight_bits),
+        activation=activation.with_args(bits=activation_bits, symmetric=symmetric_activations),
+        weight=weight.with_args(bits=weight_bits),
     )
 
 
@@ -49,10 +60,14 @@ def tdq_qconfig_mapping(
         weight_bits: 2 to 8.
         symmetric_activations: Signed activations without a zero point.
         first_last_bits: Bits of the first and last layer, as is usual; None treats them as others.
-        float_layers: Names of further layers that stay float.
+        float_layers: Further layers that stay float: names, names of modules that hold layers, or
+            wildcards such as `*.conv_shortcut`.
 
     Returns:
         A `QConfigMapping`.
+
+    Raises:
+        ConfigError: An entry of `float_layers` matches no layer.
     """
     qconfig = tdq_qconfig(activation_bits, weight_bits, symmetric_activations)
     mapping = QConfigMapping().set_global(None)
@@ -62,29 +77,51 @@ def tdq_qconfig_mapping(
     if first_last_bits is not None and layers:
         outer = tdq_qconfig(first_last_bits, first_last_bits, symmetric_activations)
         mapping = mapping.set_module_name(layers[0], outer).set_module_name(layers[-1], outer)
-    for name in (*conditioning, *float_layers):
+    for name in (*conditioning, *choose_layers([*layers, *conditioning], float_layers)):
         mapping = mapping.set_module_name(name, None)
     return mapping
 
 
+def choose_layers(layers: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """The layers that match any of the patterns: a name, a module above, or a wildcard.
+
+    Raises:
+        ConfigError: A pattern matches nothing.
+
+    Example:
+        >>> choose_layers(["conv_in", "mid.0.conv", "mid.1.conv"], ["mid.0", "*_in"])
+        ['conv_in', 'mid.0.conv']
+    """
+    chosen: set[str] = set()
+    for pattern in patterns:
+        matched = {
+            name for name in layers if fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
+        }
+        if not matched:
+            raise ConfigError(
+                f"{pattern!r} matches none of the model's {len(layers)} layers; "
+                f"the first are {list(layers[:3])}. Correct the name or the wildcard."
+            )
+        chosen |= matched
+    return [name for name in layers if name in chosen]
+
+
 def tdq_backend_config() -> BackendConfig:
-    """torch.ao's native backend, and the matrix products that it does not observe."""
-    config = get_native_backend_config()
-    quantized = DTypeConfig(input_dtype=torch.quint8, output_dtype=torch.quint8)
+    """The layers and matrix products that TDQ quantizes, signed and unsigned.
+
+    torch.ao's native backend observes neither `bmm` nor attention, and takes no signed
+    activations. Its fusions are left out: a fused module's output is observed, and TDQ quantizes
+    inputs.
+    """
+    config = BackendConfig("tdq")
+    for layer in get_native_backend_config().configs:
+        if layer.pattern in LAYERS or layer.pattern in _QAT_LAYERS:
+            config.set_backend_pattern_config(layer.set_dtype_configs(_LAYER_DTYPES))
     for operation in PRODUCTS:
-        pattern = BackendPatternConfig(operation)
-        pattern.set_observation_type(ObservationType.OUTPUT_USE_DIFFERENT_OBSERVER_AS_INPUT)
-        pattern.set_dtype_configs([quantized])
-        config.set_backend_pattern_config(pattern)
-    for layer in LAYERS:
-        config.set_backend_pattern_config(_with_signed_activations(config, layer))
+        product = BackendPatternConfig(operation)
+        product.set_observation_type(ObservationType.OUTPUT_USE_DIFFERENT_OBSERVER_AS_INPUT)
+        config.set_backend_pattern_config(product.set_dtype_configs(_PRODUCT_DTYPES))
     return config
-
-
-def _with_signed_activations(config: BackendConfig, layer: type[nn.Module]) -> BackendPatternConfig:
-    known = next(c for c in config.configs if c.pattern is layer)
-    signed = DTypeConfig(torch.qint8, torch.qint8, torch.qint8, torch.float)
-    return known.set_dtype_configs([*known.dtype_configs, signed])
 
 
 def _layers(graph: fx.Graph) -> tuple[list[str], list[str]]:

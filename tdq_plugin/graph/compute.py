@@ -1,14 +1,17 @@
 """The operations whose inputs are quantized: layers with weights, and matrix products."""
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx, nn
 
-__all__ = ["LAYERS", "PRODUCTS", "is_layer", "is_product", "operand_indices"]
+from tdq_plugin.quantizer import ActivationQuantizer
+
+__all__ = ["LAYERS", "PRODUCTS", "is_layer", "is_product", "is_quantizer", "operand_indices"]
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
-PRODUCTS = {
+PRODUCTS: dict[Any, int] = {
     torch.matmul: 2,
     operator.matmul: 2,
     torch.bmm: 2,
@@ -19,14 +22,17 @@ PRODUCTS = {
 
 def is_layer(node: fx.Node) -> bool:
     """Whether the node calls a convolution or a linear layer."""
-    if node.op != "call_module":
-        return False
-    return isinstance(node.graph.owning_module.get_submodule(str(node.target)), LAYERS)
+    return isinstance(_called(node), LAYERS)
 
 
 def is_product(node: fx.Node) -> bool:
     """Whether the node multiplies two activations."""
     return node.op == "call_function" and node.target in PRODUCTS
+
+
+def is_quantizer(node: fx.Node) -> bool:
+    """Whether the node calls an activation quantizer."""
+    return isinstance(_called(node), ActivationQuantizer)
 
 
 def operand_indices(node: fx.Node) -> list[int]:
@@ -38,3 +44,10 @@ def operand_indices(node: fx.Node) -> list[int]:
     # baddbmm adds its first argument, it does not multiply it.
     first = 1 if node.target is torch.baddbmm else 0
     return list(range(first, PRODUCTS[node.target]))
+
+
+def _called(node: fx.Node) -> nn.Module | None:
+    owner = node.graph.owning_module
+    if node.op != "call_module" or owner is None:
+        return None
+    return owner.get_submodule(str(node.target))

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import fx
@@ -53,7 +54,7 @@ def _unbound(graph: fx.Graph, rows: fx.Node, index: int) -> fx.Node:
 def _hoist(graph: fx.Graph, timesteps: fx.Node) -> None:
     """Move the inputs and the timestep node to the top: a quantizer may stand between them."""
     inputs = graph.find_nodes(op="placeholder")
-    for before, after in zip(inputs, inputs[1:], strict=False):
+    for before, after in pairwise(inputs):
         before.append(after)
     previous = inputs[-1]
     for argument in [*timesteps.all_input_nodes, timesteps]:

@@ -11,7 +11,7 @@ __all__ = ["find_timestep_node", "insert_timestep_node"]
 
 
 def find_timestep_node(graph: fx.Graph) -> fx.Node | None:
-    """The node whose output is the timestep as a float32 tensor of shape `(B,)`, if there is one."""
+    """The node that gives the timestep as a float32 tensor of shape `(B,)`, if there is one."""
     return next(iter(graph.find_nodes(op="call_function", target=as_timesteps)), None)
 
 

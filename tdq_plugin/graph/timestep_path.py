@@ -33,13 +33,11 @@ def sources(graph: fx.Graph) -> dict[fx.Node, Source]:
     inputs = [node for node in graph.find_nodes(op="placeholder") if node is not raw]
     found: dict[fx.Node, Source] = {}
     for node in graph.nodes:
-        if node.op == "placeholder":
+        if node in (raw, timesteps):
+            found[node] = Source.TIMESTEP
+        elif node.op == "placeholder":
             first = bool(inputs) and node is inputs[0]
             found[node] = Source.SAMPLE if first else Source.CONDITION
-            if node is raw:
-                found[node] = Source.TIMESTEP
-        elif node is timesteps:
-            found[node] = Source.TIMESTEP
         elif _reads_shape(node):
             found[node] = Source.NOTHING
         else:

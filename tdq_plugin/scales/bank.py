@@ -63,7 +63,8 @@ class ScaleBank(nn.Module, ABC):
                 return tensor.to(moved.device)
             return moved
 
-        return super()._apply(keep_float32, recurse)
+        super()._apply(keep_float32, recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 class TrainableBank(ScaleBank):
@@ -79,6 +80,8 @@ class TrainableBank(ScaleBank):
     """
 
     base_scale: Tensor
+    limits: Tensor
+    symmetric: Tensor
 
     def __init__(
         self,

@@ -75,14 +75,14 @@ class FrozenBank(ScaleBank):
         return nearest
 
     def _interpolate(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        self._check_range(timesteps)
+        zero_point = self.select(self.index(timesteps))[1]
         last = self.timesteps.shape[0] - 1
         above = torch.searchsorted(self.timesteps, timesteps).clamp(min=min(1, last), max=last)
         below = (above - 1).clamp(min=0)
         low, high = self.timesteps[below], self.timesteps[above]
         weight = torch.where(high > low, (timesteps - low) / (high - low), torch.zeros_like(low))
         scale = torch.lerp(self.scales[below].T, self.scales[above].T, weight)
-        return scale, self.select(self.index(timesteps))[1]
+        return scale, zero_point
 
     def _check_range(self, timesteps: Tensor) -> None:
         inside = (timesteps >= self.timesteps[0]) & (timesteps <= self.timesteps[-1])

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -91,7 +92,7 @@ class GeneratorBank(TrainableBank):
         sizes = [config.encoding_size, *[config.width] * (config.depth - 1), self.curves_per_row]
         generator = torch.Generator().manual_seed(seed)
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+        for fan_in, fan_out in pairwise(sizes):
             shape = (len(self.names), fan_in, fan_out)
             weight = torch.randn(shape, generator=generator) * math.sqrt(2 / fan_in)
             self.weights.append(nn.Parameter(weight))

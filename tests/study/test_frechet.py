@@ -72,7 +72,7 @@ def test_standard_error_predicts_the_spread_between_independent_draws() -> None:
 def test_diverged_samples_are_named() -> None:
     samples = gaussians(1)
     samples[3] = torch.nan
-    with pytest.raises(ConfigError, match="1 of 400 images .* not finite"):
+    with pytest.raises(ConfigError, match=r"1 of 400 images .* not finite"):
         FrechetReference(nn.Identity(), gaussians(0)).distance(samples)
 
 

@@ -1,0 +1,27 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint constraints
+
+demo: .venv/recipes.stamp
+	$(BIN)/tdq run ddim-digits-ptq
+
+test: .venv/all.stamp
+	$(BIN)/pytest -n 2
+
+# mypy does not follow an editable install, so it reads an installed copy.
+lint: .venv/all.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	rm -rf build
+	$(BIN)/pip install --quiet --no-deps --target build/installed .
+	$(BIN)/mypy build/installed/tdq_plugin
+
+# The versions that the suite was tested with; torch is the same with and without "+cpu".
+constraints: .venv/all.stamp
+	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
+
+.venv/%.stamp: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@

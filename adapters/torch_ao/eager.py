@@ -1,0 +1,164 @@
+"""The road without a graph: layers are exchanged for fake-quantized ones, in place."""
+
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from tdq_plugin.adapters.torch_ao.fake_quantize import TDQFakeQuantize, initialise_weights
+from tdq_plugin.adapters.torch_ao.qconfig import choose_layers, tdq_qconfig
+from tdq_plugin.errors import AdapterError
+from tdq_plugin.hooks import connect_rows
+from tdq_plugin.quantizer import ActivationQuantizer
+from tdq_plugin.registry import register_adapter
+
+__all__ = [
+    "TIMESTEP_LAYERS",
+    "TDQConv1d",
+    "TDQConv2d",
+    "TDQLinear",
+    "TorchAOEagerAdapter",
+    "quantize_eager",
+]
+
+TIMESTEP_LAYERS = (
+    "*time_emb*",
+    "*timestep_embedder*",
+    "*class_emb*",
+    "*time_text_embed*",
+    "*adaln_single*",
+    "*norm*.linear",
+    "proj_out_1",
+)
+"""Layers of diffusers' models that see the timestep or a class, and not the sample."""
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class _QuantizedConvolution(nn.modules.conv._ConvNd):
+    activation_fake_quant: nn.Module
+    weight_fake_quant: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight_fake_quant(self.weight)
+        output: Tensor = self._conv_forward(self.activation_fake_quant(input), weight, self.bias)
+        return output
+
+
+class TDQConv1d(_QuantizedConvolution, nn.Conv1d):
+    """`nn.Conv1d` with fake-quantized input and weight."""
+
+
+class TDQConv2d(_QuantizedConvolution, nn.Conv2d):
+    """`nn.Conv2d` with fake-quantized input and weight."""
+
+
+class TDQLinear(nn.Linear):
+    """`nn.Linear` with fake-quantized input and weight."""
+
+    activation_fake_quant: nn.Module
+    weight_fake_quant: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight_fake_quant(self.weight)
+        return functional.linear(self.activation_fake_quant(input), weight, self.bias)
+
+
+_QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: TDQConv1d,
+    nn.Conv2d: TDQConv2d,
+    nn.Linear: TDQLinear,
+}
+_QUANTIZED_LAYERS = tuple(_QUANTIZED.values())
+
+
+def quantize_eager(
+    model: Model,
+    activation_bits: int = 8,
+    weight_bits: int = 8,
+    symmetric_activations: bool = False,
+    first_last_bits: int | None = 8,
+    float_layers: tuple[str, ...] = (),
+    timestep_layers: tuple[str, ...] = TIMESTEP_LAYERS,
+) -> Model:
+    """Make the convolutions and linear layers of a model fake-quantized; in place.
+
+    Then `attach`, `calibrate`, train and `freeze` as with a graph. Compared with a graph, products
+    of activations (attention) stay float, layers that read the same tensor have a quantizer each,
+    first and last are meant in the order of the modules, and subclasses of the layers stay float.
+    Conversion, export and int8 need a graph.
+
+    Args:
+        model: Any model whose forward takes the timestep.
+        activation_bits: 2 to 8.
+        weight_bits: 2 to 8.
+        symmetric_activations: Signed activations without a zero point.
+        first_last_bits: Bits of the first and last layer, as is usual; None treats them as others.
+        float_layers: Layers that stay float: names, names of modules that hold layers, or
+            wildcards.
+        timestep_layers: Wildcards of the layers on the timestep's path, which stay float; without
+            a graph they are known by name only. The default covers diffusers' models, whatever
+            matches none of it is quantized.
+
+    Returns:
+        The model.
+
+    Raises:
+        AdapterError: The model is a graph, or has no layer to quantize.
+        ConfigError: An entry of `float_layers` matches no layer, or bits are not 2 to 8.
+
+    Example:
+        >>> class Denoiser(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = nn.Linear(2, 2)
+        ...     def forward(self, sample, timestep):
+        ...         return self.layer(sample)
+        >>> type(quantize_eager(Denoiser()).layer).__name__
+        'TDQLinear'
+    """
+    if isinstance(model, fx.GraphModule):
+        raise AdapterError("The model is a graph. Use torch.ao's prepare_qat_fx or prepare_fx.")
+    layers = {path: module for path, module in model.named_modules() if type(module) in _QUANTIZED}
+    excluded = set(choose_layers(list(layers), float_layers))
+    excluded |= {path for path in layers if any(fnmatchcase(path, p) for p in timestep_layers)}
+    chosen = [path for path in layers if path not in excluded]
+    if not chosen:
+        raise AdapterError(
+            f"None of the {len(layers)} convolutions and linear layers of this "
+            f"{type(model).__name__} is left to quantize. Check float_layers and timestep_layers."
+        )
+    for path in chosen:
+        outer = first_last_bits if path in (chosen[0], chosen[-1]) else None
+        qconfig = tdq_qconfig(outer or activation_bits, outer or weight_bits, symmetric_activations)
+        # The layer object stays itself: references to it, hooks and tied parameters stay valid.
+        layers[path].__class__ = _QUANTIZED[type(layers[path])]
+        layers[path].activation_fake_quant = qconfig.activation()
+        layers[path].weight_fake_quant = qconfig.weight()
+    initialise_weights(model)
+    return model.train(model.training)
+
+
+@register_adapter("torch_ao_eager")
+class TorchAOEagerAdapter:
+    """Models from `quantize_eager`."""
+
+    @staticmethod
+    def covers(model: nn.Module) -> bool:
+        return not isinstance(model, fx.GraphModule) and any(
+            isinstance(module, _QUANTIZED_LAYERS) for module in model.modules()
+        )
+
+    @staticmethod
+    def quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+        found: dict[str, ActivationQuantizer] = {}
+        for path, module in model.named_modules():
+            quantizer = getattr(module, "activation_fake_quant", None)
+            if isinstance(quantizer, TDQFakeQuantize):
+                found[f"{path}.input"] = quantizer
+        return found
+
+    @staticmethod
+    def connect(model: nn.Module, timestep_argument: str | None) -> None:
+        connect_rows(model, timestep_argument)

@@ -1,0 +1,129 @@
+"""How far a quantized denoiser is from the float one: along trajectories, and in its images."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from tdq_plugin.recipes.sampling import (
+    Denoiser,
+    Trajectories,
+    record_trajectories,
+    sample,
+    scheduler_with,
+)
+from tdq_plugin.study import FrechetReference
+
+__all__ = ["Evaluator", "Result"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the evaluation of one method gives.
+
+    Attributes:
+        metrics: The numbers of its row in the report.
+        timesteps: Timesteps of the sampler, falling.
+        errors: Mean squared noise error at each of them.
+        images: Drawn images, shape `(N, C, H, W)`.
+    """
+
+    metrics: dict[str, float | None]
+    timesteps: list[float]
+    errors: list[float]
+    images: Tensor
+
+
+class Evaluator:
+    """Holds the float model's trajectories and samples, which every method is compared with.
+
+    Args:
+        denoiser: The float model.
+        scheduler: Its scheduler.
+        steps: Steps of the sampler.
+        unseen_offset: How much later than the sampler's timesteps the unseen ones are.
+        noise: Starting noise of the samples, shape `(N, C, H, W)`.
+        other_noise: Starting noise of as many further samples, for the noise floor.
+        trajectory_noise: Starting noise of the trajectories.
+        features: Feature network of the Fréchet distances.
+        data: Real images.
+        advance: Told of finished images.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        scheduler: DDIMScheduler,
+        steps: int,
+        unseen_offset: int,
+        noise: Tensor,
+        other_noise: Tensor,
+        trajectory_noise: Tensor,
+        features: Callable[[Tensor], Tensor],
+        data: Tensor,
+        advance: Callable[[int], Any] | None = None,
+    ) -> None:
+        self.scheduler = scheduler_with(scheduler, steps)
+        self.unseen = scheduler_with(scheduler, steps, unseen_offset)
+        self.noise = noise
+        self.seen_trajectories = record_trajectories(denoiser, self.scheduler, trajectory_noise)
+        self.unseen_trajectories = record_trajectories(denoiser, self.unseen, trajectory_noise)
+        self.images = sample(denoiser, self.scheduler, noise, advance=advance)
+        self.other_images = sample(denoiser, self.scheduler, other_noise, advance=advance)
+        self.to_data = FrechetReference(features, data)
+        self.to_float = FrechetReference(features, self.images)
+
+    def noise_floor(self) -> dict[str, float]:
+        """Distance between the float model's images and as many from other noise."""
+        return {"frechet_distance_to_float": self.to_float.distance(self.other_images)}
+
+    def float_metrics(self) -> dict[str, float | None]:
+        """The float model's own row."""
+        exact = dict.fromkeys(("trajectory_mse", "trajectory_mse_unseen", "t0_mse"), 0.0)
+        return exact | {
+            "step_mse": 0.0,
+            "pixel_mse": 0.0,
+            "frechet_distance": self.to_data.distance(self.images),
+            "frechet_distance_to_float": None,
+        }
+
+    @property
+    def timesteps(self) -> list[float]:
+        """All timesteps that an evaluation visits: freeze for these."""
+        return [*self.scheduler.timesteps.tolist(), *self.unseen.timesteps.tolist()]
+
+    def evaluate(self, denoiser: Denoiser, advance: Callable[[int], Any] | None = None) -> Result:
+        """Compare a denoiser with the float model."""
+        errors, step_errors = _errors(denoiser, self.scheduler, self.seen_trajectories)
+        unseen, _ = _errors(denoiser, self.unseen, self.unseen_trajectories)
+        images = sample(denoiser, self.scheduler, self.noise, advance=advance)
+        last = int(self.scheduler.timesteps[-1]) == 0
+        metrics: dict[str, float | None] = {
+            "trajectory_mse": float(errors[:-1].mean() if last else errors.mean()),
+            "trajectory_mse_unseen": float(unseen.mean()),
+            "t0_mse": float(errors[-1]) if last else None,
+            "step_mse": float(step_errors.mean()),
+            "pixel_mse": float(mse_loss(images, self.images)),
+            "frechet_distance": self.to_data.distance(images),
+            "frechet_distance_to_float": self.to_float.distance(images),
+        }
+        timesteps = self.scheduler.timesteps.tolist()
+        return Result(metrics, timesteps, errors.tolist(), images)
+
+
+@torch.no_grad()
+def _errors(
+    denoiser: Denoiser, scheduler: DDIMScheduler, reference: Trajectories
+) -> tuple[Tensor, Tensor]:
+    """Mean squared error of noise and of the next image at each step of the float trajectory."""
+    noise_errors, step_errors = [], []
+    for index, timestep in enumerate(reference.timesteps):
+        noise = denoiser(reference.inputs[index], timestep)
+        stepped = scheduler.step(noise, timestep, reference.inputs[index]).prev_sample
+        noise_errors.append(mse_loss(noise, reference.noise[index]))
+        step_errors.append(mse_loss(stepped, reference.outputs[index]))
+    return torch.stack(noise_errors), torch.stack(step_errors)

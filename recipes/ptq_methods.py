@@ -1,0 +1,83 @@
+"""The methods that the PTQ recipe compares: each is a scale bank and a way to set it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from tdq_plugin.ranges import RangeMethod
+from tdq_plugin.scales import PAPER, ConstantBank, GeneratorBank, LearnedTableBank, TrainableBank
+
+__all__ = ["METHODS", "Method"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the report.
+
+    Attributes:
+        title: Name in tables and figures.
+        description: One sentence for the report.
+        bank: Makes the scale bank.
+        ranges: How calibrated ranges become scales.
+        warm_start: Whether the bank starts from the ranges of each timestep.
+        trained: Whether reconstruction trains the bank.
+        dynamic: Whether scales come from each input at run time instead of a bank.
+    """
+
+    title: str
+    description: str
+    bank: Callable[..., TrainableBank]
+    ranges: RangeMethod = "mse"
+    warm_start: bool = False
+    trained: bool = False
+    dynamic: bool = False
+
+
+METHODS = {
+    "minmax": Method(
+        "MinMax",
+        "One scale per layer that covers every calibration value.",
+        ConstantBank,
+        ranges="minmax",
+    ),
+    "mse": Method("static MSE", "One scale per layer with the least rounding error.", ConstantBank),
+    "lsq": Method(
+        "static LSQ",
+        "One trained scale per layer (PTQ4DM calibration, LSQ gradients).",
+        ConstantBank,
+        trained=True,
+    ),
+    "timestep_minmax": Method(
+        "per-timestep MinMax",
+        "One untrained scale per layer and sampler step that covers the values of that step.",
+        partial(LearnedTableBank, groups=20),
+        ranges="minmax",
+        warm_start=True,
+    ),
+    "learned_table": Method(
+        "learned table",
+        "One trained scale per layer and timestep, each free of the others.",
+        LearnedTableBank,
+        warm_start=True,
+        trained=True,
+    ),
+    "tdq_paper": Method(
+        "TDQ, paper preset",
+        "Generators with the paper's encoding, softplus and He initialisation.",
+        partial(GeneratorBank, config=PAPER),
+        trained=True,
+    ),
+    "tdq": Method(
+        "TDQ",
+        "Trained generators with this package's defaults, frozen into a table.",
+        GeneratorBank,
+        warm_start=True,
+        trained=True,
+    ),
+    "dynamic": Method(
+        "dynamic",
+        "A scale from each image's own minimum and maximum, computed at run time.",
+        ConstantBank,
+        dynamic=True,
+    ),
+}

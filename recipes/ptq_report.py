@@ -1,0 +1,141 @@
+"""Turn the results of the PTQ recipe into the saved model, `report.json` and `report.html`."""
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+import tdq_plugin as tdq
+from tdq_plugin.observe import Observation
+from tdq_plugin.ranges import search_scale
+from tdq_plugin.recipes.evaluation import Evaluator
+from tdq_plugin.recipes.ptq_deploy import measure_latency, save_model
+from tdq_plugin.recipes.ptq_methods import METHODS
+from tdq_plugin.recipes.run_state import RunState
+from tdq_plugin.study import temporal_dynamics, write_report
+from tdq_plugin.study.figures import error_over_timesteps, sample_grid, scale_curves
+from tdq_plugin.study.schema import Report, ReportRow
+
+__all__ = ["FEATURE_SPACE", "write_results"]
+
+FEATURE_SPACE = "64 features of the digit classifier in recipes/assets/digits-classifier"
+SHOWN = ("minmax", "lsq", "tdq")
+
+
+def write_results(
+    config: Any,
+    state: RunState,
+    model: fx.GraphModule,
+    observations: dict[str, Observation],
+    evaluator: Evaluator,
+    unet: nn.Module,
+) -> Path:
+    """Save the integer model, time it, and write the report; return the run's folder."""
+    sizes = save_model(config, state, model, unet)
+    report: Report = {
+        "recipe": "ddim-digits-ptq",
+        "command": f"tdq run ddim-digits-ptq bits={config.bits} steps={config.steps} "
+        f"seed={config.seed}",
+        "seed": config.seed,
+        "bits": config.bits,
+        "versions": _versions(),
+        "rows": _rows(config, state, evaluator),
+        "methods": {METHODS[name].title: METHODS[name].description for name in config.methods},
+        "latency": measure_latency(config, state, model, unet),
+        "size_bytes": sizes,
+        "noise_floor": evaluator.noise_floor(),
+        "temporal_dynamics": _dynamics(observations).as_dict(),
+    }
+    write_report(state.folder, report, _figures(config, state, observations, evaluator))
+    return state.folder
+
+
+def _versions() -> dict[str, str]:
+    names = ("tdq-plugin", "torch", "diffusers", "torchmetrics")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def _rows(config: Any, state: RunState, evaluator: Evaluator) -> list[ReportRow]:
+    common = {"samples": config.evaluation.samples, "feature_space": FEATURE_SPACE}
+    rows: list[Any] = [
+        {"method": "float32", "execution": "float32", **evaluator.float_metrics(), **common}
+    ]
+    for execution, names in (("fake", config.methods), ("int8", config.int8_methods)):
+        for name in names:
+            result = state.result(name, execution)
+            assert result is not None
+            title = METHODS[name].title
+            rows.append({"method": title, "execution": execution, **result.metrics, **common})
+    return rows
+
+
+def _dynamics(observations: dict[str, Observation]) -> Any:
+    timesteps = next(iter(observations.values())).timesteps
+    deviations = torch.stack([seen.deviation for seen in observations.values()])
+    ranges = torch.stack(
+        [seen.values.abs().quantile(0.999, dim=1) for seen in observations.values()]
+    )
+    return temporal_dynamics(timesteps, deviations, ranges)
+
+
+def _figures(
+    config: Any, state: RunState, observations: dict[str, Observation], evaluator: Evaluator
+) -> dict[str, tuple[bytes, str]]:
+    figures = {
+        "Samples from the same noise": (
+            _grid(config, state, evaluator),
+            "Every column starts from the same noise. A method is good where its digits are those "
+            "of the float model.",
+        ),
+        "Error along the sampler's way": (
+            _errors(config, state),
+            "Mean squared error of the predicted noise at each timestep of the float model's "
+            "trajectory. Sampling runs from right to left.",
+        ),
+    }
+    if "tdq" in config.methods and "lsq" in config.methods:
+        figures["Scales over time"] = (
+            _curves(state, observations),
+            "The six layers whose best scales move most. Points: the scale with the least "
+            "rounding error at each timestep. Line: what TDQ learned. Dashed: static LSQ.",
+        )
+    return figures
+
+
+def _grid(config: Any, state: RunState, evaluator: Evaluator) -> bytes:
+    rows: dict[str, Tensor] = {"float32": evaluator.images}
+    for name in SHOWN:
+        result = state.result(name)
+        if name in config.methods and result is not None:
+            rows[METHODS[name].title] = result.images
+    return sample_grid(rows, columns=16)
+
+
+def _errors(config: Any, state: RunState) -> bytes:
+    curves = {}
+    for name in config.methods:
+        result = state.result(name)
+        assert result is not None
+        curves[METHODS[name].title] = (result.timesteps, result.errors)
+    return error_over_timesteps(curves)
+
+
+def _curves(state: RunState, observations: dict[str, Observation]) -> bytes:
+    learned = tdq.load_table(state.table_path("tdq"))
+    static = tdq.load_table(state.table_path("lsq"))
+    observed = []
+    for name, grid in learned.grids.items():
+        seen = observations[name]
+        zero_point = learned.zero_points[0, learned.names.index(name)].expand(len(seen.timesteps))
+        observed.append(search_scale(seen.values, zero_point, grid, limits=seen.limits))
+    return scale_curves(
+        learned.timesteps,
+        learned.scales,
+        next(iter(observations.values())).timesteps,
+        torch.stack(observed, dim=1),
+        static.scales[0],
+        list(learned.names),
+    )

@@ -1,0 +1,73 @@
+"""What a run has finished so far, on disk, so that a restart goes on from there."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from tdq_plugin.errors import ConfigError
+from tdq_plugin.files import atomic_file
+from tdq_plugin.recipes.evaluation import Result
+
+__all__ = ["RunState"]
+
+
+class RunState:
+    """Results by method and execution below a run's folder.
+
+    Args:
+        folder: The run's folder.
+        config: The run's configuration; a folder belongs to one configuration.
+
+    Raises:
+        ConfigError: The folder holds a run with another configuration.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        self.folder = folder
+        path = folder / "config.json"
+        if path.exists():
+            _check_same(path, json.loads(path.read_text()), json.loads(json.dumps(config)))
+        else:
+            _write(path, config)
+
+    def table_path(self, method: str) -> Path:
+        """Where a method's scale table is."""
+        return self.folder / "tables" / f"{method}.safetensors"
+
+    def result(self, method: str, execution: str = "fake") -> Result | None:
+        """The stored result, if the method is finished."""
+        path = self._result_path(method, execution)
+        if not path.exists():
+            return None
+        images = load_file(path.with_suffix(".safetensors"))["images"]
+        return Result(**json.loads(path.read_text()), images=images)
+
+    def save_result(self, method: str, result: Result, execution: str = "fake") -> None:
+        """Store a result; the JSON file comes last and marks it as finished."""
+        path = self._result_path(method, execution)
+        with atomic_file(path.with_suffix(".safetensors")) as temporary:
+            save_file({"images": result.images.contiguous()}, temporary)
+        _write(path, {key: value for key, value in asdict(result).items() if key != "images"})
+
+    def _result_path(self, method: str, execution: str) -> Path:
+        return self.folder / "rows" / f"{method}.{execution}.json"
+
+
+def _check_same(path: Path, known: dict[str, Any], wanted: dict[str, Any]) -> None:
+    different = sorted(
+        key for key in known.keys() | wanted.keys() if known.get(key) != wanted.get(key)
+    )
+    if different:
+        shown = ", ".join(f"{key}={known.get(key)!r}" for key in different)
+        raise ConfigError(
+            f"{path.parent} holds a run with other settings: {shown}. "
+            "Choose another name=..., or remove the folder."
+        )
+
+
+def _write(path: Path, value: Any) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2))

@@ -1,0 +1,73 @@
+"""Sampling with a denoiser and a diffusers scheduler, and the float model's trajectories."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+__all__ = ["Denoiser", "Trajectories", "record_trajectories", "sample", "scheduler_with"]
+
+Denoiser = Callable[[Tensor, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """What a denoiser saw and said at S steps, for N images.
+
+    Attributes:
+        timesteps: Shape `(S,)`, falling.
+        inputs: Noisy images, shape `(S, N, C, H, W)`.
+        noise: Predicted noise, same shape.
+        outputs: Images after the scheduler's step, same shape.
+    """
+
+    timesteps: Tensor
+    inputs: Tensor
+    noise: Tensor
+    outputs: Tensor
+
+
+def scheduler_with(scheduler: DDIMScheduler, steps: int, offset: int = 0) -> DDIMScheduler:
+    """A copy of the scheduler with `steps` timesteps, each `offset` later than usual."""
+    copy = DDIMScheduler.from_config(scheduler.config, steps_offset=offset)
+    copy.set_timesteps(steps)
+    return copy
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser,
+    scheduler: DDIMScheduler,
+    noise: Tensor,
+    batch_size: int = 200,
+    advance: Callable[[int], Any] | None = None,
+) -> Tensor:
+    """Draw images from given noise, shape `(N, C, H, W)`; `advance` is told of finished images."""
+    images = []
+    for start in noise.split(batch_size):
+        current = start
+        for timestep in scheduler.timesteps:
+            current = scheduler.step(denoiser(current, timestep), timestep, current).prev_sample
+        images.append(current.clamp(-1, 1))
+        if advance is not None:
+            advance(len(start))
+    return torch.cat(images)
+
+
+@torch.no_grad()
+def record_trajectories(
+    denoiser: Denoiser, scheduler: DDIMScheduler, noise: Tensor
+) -> Trajectories:
+    """Sample and keep every step."""
+    inputs, predicted, outputs = [], [], []
+    current = noise
+    for timestep in scheduler.timesteps:
+        inputs.append(current)
+        predicted.append(denoiser(current, timestep))
+        current = scheduler.step(predicted[-1], timestep, current).prev_sample
+        outputs.append(current)
+    stacked = (torch.stack(values) for values in (inputs, predicted, outputs))
+    return Trajectories(scheduler.timesteps.clone(), *stacked)

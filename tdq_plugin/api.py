@@ -1,0 +1,41 @@
+"""The public names; `import tdq_plugin` gives them out."""
+
+from tdq_plugin.attach import attach, named_quantizers, scale_bank, set_scale_bank
+from tdq_plugin.calibrate import calibrate, calibration
+from tdq_plugin.errors import TDQError
+from tdq_plugin.freeze import freeze, load_scales
+from tdq_plugin.graph import trace
+from tdq_plugin.grid import QuantizationGrid, activation_grid, weight_grid
+from tdq_plugin.scales import (
+    ConstantBank,
+    FrozenBank,
+    GeneratorBank,
+    GeneratorConfig,
+    LearnedTableBank,
+    ScaleBank,
+)
+from tdq_plugin.table import ScaleTable, load_table
+
+__all__ = [
+    "ConstantBank",
+    "FrozenBank",
+    "GeneratorBank",
+    "GeneratorConfig",
+    "LearnedTableBank",
+    "QuantizationGrid",
+    "ScaleBank",
+    "ScaleTable",
+    "TDQError",
+    "activation_grid",
+    "attach",
+    "calibrate",
+    "calibration",
+    "freeze",
+    "load_scales",
+    "load_table",
+    "named_quantizers",
+    "scale_bank",
+    "set_scale_bank",
+    "trace",
+    "weight_grid",
+]

@@ -1,0 +1,210 @@
+"""`lower_to_int8`: a frozen graph, with its layers on integer kernels."""
+
+import copy
+import operator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx, nn
+
+from tdq_plugin.attach import scale_bank
+from tdq_plugin.deploy.activations import DynamicCodes, DynamicValues, TableCodes, TableValues
+from tdq_plugin.deploy.lookup import TimestepLookup
+from tdq_plugin.deploy.placement import Operand, quantized_operands, quantizer_nodes
+from tdq_plugin.deploy.timestep_values import boundary_nodes, tabulate
+from tdq_plugin.deploy.weights import (
+    float_layer,
+    has_integer_kernel,
+    int8_layer,
+    weight_quantizer,
+)
+from tdq_plugin.errors import AdapterError, LookupRuleError
+from tdq_plugin.graph.compute import is_layer
+from tdq_plugin.graph.timestep_node import find_timestep_node
+from tdq_plugin.graph.timestep_path import Source, sources
+from tdq_plugin.quantizer import ActivationQuantizer
+from tdq_plugin.scales.frozen import FrozenBank
+
+__all__ = ["LOOKUP", "Int8Description", "describe", "lower_to_int8"]
+
+LOOKUP = "timestep_lookup"
+_DESCRIPTION = "tdq_int8"
+
+
+@dataclass(frozen=True)
+class Int8Description:
+    """What is needed to lower the float architecture again.
+
+    Attributes:
+        operands: What each quantizer quantizes, in row order.
+        weight_bits: Bits of each int8 layer's weight by the layer's path.
+        cache_timestep_path: Whether the timestep path is tabulated.
+    """
+
+    operands: dict[str, list[Operand]]
+    weight_bits: dict[str, int]
+    cache_timestep_path: bool
+
+
+def lower_to_int8(
+    model: fx.GraphModule,
+    *,
+    cache_timestep_path: bool = True,
+    activations: Literal["table", "dynamic"] = "table",
+) -> fx.GraphModule:
+    """Run a frozen graph's convolutions and linear layers on integer kernels.
+
+    Layers whose input is quantized take uint8 codes and give float32. Matrix products of two
+    activations keep fake quantization; layers without a quantizer stay float, with their weight
+    quantized if they have a weight quantizer. Batches of mixed timesteps run in the same graph.
+
+    Args:
+        model: An attached and frozen graph on the CPU; it stays as it is.
+        cache_timestep_path: Tabulate all that depends on the timestep alone (the time embedding
+            and its projections). It equals the uncached graph bit for bit for single samples.
+        activations: `dynamic` ignores the table and takes each batch's own minimum and maximum,
+            the input-dependent baseline.
+
+    Returns:
+        The lowered graph, in evaluation mode.
+
+    Raises:
+        AdapterError: The model is not frozen, not on the CPU, or has a layer without int8 form.
+        LookupRuleError: The cache was asked for with a lookup rule other than `exact`.
+        TraceError: The timestep path cannot be tabulated.
+    """
+    bank = _frozen_bank(model)
+    if cache_timestep_path and bank.lookup != "exact":
+        raise LookupRuleError(
+            f"The timestep path cannot be cached with lookup={bank.lookup!r}: between the "
+            "table's timesteps its values are unknown. Pass cache_timestep_path=False."
+        )
+    lowered = copy.deepcopy(model).eval()
+    operands = quantized_operands(lowered)
+    weight_bits = _lower_layers(lowered)
+    lowered.meta[_DESCRIPTION] = Int8Description(operands, weight_bits, cache_timestep_path)
+    quantizers = _lower_quantizers(lowered, dynamic=activations == "dynamic")
+    _insert_lookup(lowered, quantizers, cache_timestep_path)
+    lowered.delete_all_unused_submodules()
+    lowered.graph.lint()
+    lowered.recompile()
+    return lowered.requires_grad_(False)
+
+
+def describe(model: nn.Module) -> Int8Description:
+    """The description of a lowered model.
+
+    Raises:
+        AdapterError: The model is not lowered.
+    """
+    description = getattr(model, "meta", {}).get(_DESCRIPTION)
+    if not isinstance(description, Int8Description):
+        raise AdapterError(
+            f"This {type(model).__name__} is no int8 model. Call lower_to_int8(model) first."
+        )
+    return description
+
+
+def _frozen_bank(model: fx.GraphModule) -> FrozenBank:
+    if not isinstance(model, fx.GraphModule):
+        raise AdapterError(f"Only graphs can be lowered to int8, not {type(model).__name__}.")
+    bank = scale_bank(model)
+    if not isinstance(bank, FrozenBank):
+        raise AdapterError(
+            f"The model's scale bank is a {type(bank).__name__}. "
+            "Call tdq_plugin.freeze(model, timesteps) before lower_to_int8."
+        )
+    if bank.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        raise AdapterError(
+            f"The integer kernels are onednn's, on the CPU; the model is on {bank.device} and "
+            f"onednn is {'' if torch.backends.mkldnn.is_available() else 'not '}available. "
+            "Call model.cpu(), and use a torch build with onednn."
+        )
+    return bank
+
+
+def _lower_layers(graph_module: fx.GraphModule) -> dict[str, int]:
+    """Replace the layers; returns the bits of those that became int8 layers."""
+    quantizers = set(quantizer_nodes(graph_module).values())
+    inputs: dict[str, list[object]] = {}
+    for node in graph_module.graph.nodes:
+        if is_layer(node):
+            inputs.setdefault(str(node.target), []).append(node.args[0])
+    bits = {}
+    for path, values in inputs.items():
+        layer = graph_module.get_submodule(path)
+        quantizer = weight_quantizer(layer)
+        if quantizer is None:
+            continue
+        if quantizers.issuperset(values) and has_integer_kernel(layer):
+            bits[path] = quantizer.grid.bits
+            graph_module.set_submodule(path, int8_layer(layer))
+        else:
+            graph_module.set_submodule(path, float_layer(layer))
+    return bits
+
+
+def _lower_quantizers(graph_module: fx.GraphModule, dynamic: bool) -> dict[fx.Node, int]:
+    """Replace the quantizers; returns the nodes that need a row, with its number."""
+    int8_layers = set(graph_module.meta[_DESCRIPTION].weight_bits)
+    rows = {}
+    for row, node in enumerate(quantizer_nodes(graph_module).values()):
+        module = graph_module.get_submodule(str(node.target))
+        assert isinstance(module, ActivationQuantizer)
+        integer = [user for user in node.users if user.target in int8_layers]
+        others = [user for user in node.users if user not in integer]
+        codes, values = (DynamicCodes, DynamicValues) if dynamic else (TableCodes, TableValues)
+        for kind, users in ((codes, integer), (values, others)):
+            if users:
+                path = f"quantizers.{kind.__name__}_{row}"
+                graph_module.add_submodule(path, kind(module.grid))
+                rows[_replace(node, path, users)] = row
+        graph_module.graph.erase_node(node)
+    graph_module.graph.eliminate_dead_code()
+    return {} if dynamic else rows
+
+
+def _replace(node: fx.Node, path: str, users: list[fx.Node]) -> fx.Node:
+    with node.graph.inserting_before(node):
+        quantizer = node.graph.call_module(path, (node.args[0],))
+    for user in users:
+        user.replace_input_with(node, quantizer)
+    return quantizer
+
+
+def _insert_lookup(
+    graph_module: fx.GraphModule, quantizers: dict[fx.Node, int], cache: bool
+) -> None:
+    """Lead the rows to the quantizers, and replace the timestep path by its table."""
+    graph = graph_module.graph
+    bank, timesteps = graph_module.scale_bank, find_timestep_node(graph)
+    assert isinstance(bank, FrozenBank)
+    assert timesteps is not None
+    boundaries = boundary_nodes(graph) if cache else []
+    if not quantizers and not boundaries:
+        return
+    values = tabulate(graph_module, boundaries, bank.timesteps) if boundaries else None
+    graph_module.add_submodule(LOOKUP, TimestepLookup(bank, values))
+    rows, looked_up = _lookup_nodes(timesteps)
+    for quantizer, row in quantizers.items():
+        with graph.inserting_before(quantizer):
+            entry = graph.call_function(operator.getitem, (rows, row))
+        quantizer.args = (*quantizer.args, entry)
+    depends = sources(graph)
+    for index, boundary in enumerate(boundaries):
+        with graph.inserting_after(looked_up):
+            value = graph.call_function(operator.getitem, (looked_up, index))
+        users = {user for user in boundary.users if depends[user] != Source.TIMESTEP}
+        boundary.replace_all_uses_with(value, users.__contains__)
+    graph.eliminate_dead_code()
+
+
+def _lookup_nodes(timesteps: fx.Node) -> tuple[fx.Node, fx.Node]:
+    graph = timesteps.graph
+    sample = next(n for n in graph.find_nodes(op="placeholder") if n is not timesteps.args[0])
+    with graph.inserting_after(timesteps):
+        lookup = graph.call_module(LOOKUP, (timesteps, sample))
+    with graph.inserting_after(lookup):
+        values = graph.call_function(operator.getitem, (lookup, 1))
+        return graph.call_function(operator.getitem, (lookup, 0)), values

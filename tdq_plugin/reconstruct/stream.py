@@ -1,0 +1,68 @@
+"""The values that flow between blocks, for all calibration samples at once."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from tdq_plugin.graph.timestep_node import find_timestep_node
+from tdq_plugin.reconstruct.blocks import Block, run_block
+from tdq_plugin.reconstruct.collect import CalibrationSet
+
+__all__ = ["Stream"]
+
+
+class Stream:
+    """Advances calibration samples through a graph, a block at a time.
+
+    Args:
+        model: An attached graph.
+        data: The samples and their timesteps.
+        batch_size: Samples in a forward.
+
+    Attributes:
+        values: Value of each node that a later block still needs, shape `(N, ...)`.
+        timesteps: Shape `(N,)`.
+    """
+
+    def __init__(self, model: fx.GraphModule, data: CalibrationSet, batch_size: int = 128) -> None:
+        self.model, self.batch_size = model, batch_size
+        self.timesteps = data.timesteps
+        self._placeholders = _bind(model.graph, data)
+        self.values: dict[fx.Node, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def inputs(self, block: Block, index: Tensor | slice) -> dict[fx.Node, Any]:
+        """What `run_block` needs for some of the samples."""
+        needed = {node: self.values[node] for node in block.inputs} | self._placeholders
+        return {node: value[index] for node, value in needed.items()}
+
+    @torch.no_grad()
+    def advance(self, block: Block) -> None:
+        """Run a block on all samples and keep its outputs."""
+        parts: dict[fx.Node, list[Tensor]] = {node: [] for node in block.outputs}
+        for start in range(0, len(self), self.batch_size):
+            batch = self.inputs(block, slice(start, start + self.batch_size))
+            for node, value in run_block(self.model, block, batch).items():
+                parts[node].append(value)
+        for node, pieces in parts.items():
+            self.values[node] = torch.cat(pieces)
+
+    def forget(self, later: Sequence[Block]) -> None:
+        """Drop the values that no later block needs."""
+        needed = {node for block in later for node in block.inputs}
+        self.values = {node: value for node, value in self.values.items() if node in needed}
+
+
+def _bind(graph: fx.Graph, data: CalibrationSet) -> dict[fx.Node, Tensor]:
+    normalised = find_timestep_node(graph)
+    timestep = normalised.args[0] if normalised is not None else None
+    placeholders = graph.find_nodes(op="placeholder")
+    sample = next(node for node in placeholders if node is not timestep)
+    bound = {sample: data.samples}
+    if isinstance(timestep, fx.Node):
+        bound[timestep] = data.timesteps
+    return bound

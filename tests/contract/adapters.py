@@ -1,0 +1,68 @@
+"""The adapters that the contract is run against. A new adapter joins by a class in `ADAPTERS`."""
+
+from typing import Any, Protocol
+
+from torch import nn
+from torch.ao.quantization.quantize_fx import prepare_fx, prepare_qat_fx
+
+import tdq_plugin as tdq
+from tdq_plugin.adapters.torch_ao import (
+    convert,
+    quantize_eager,
+    tdq_backend_config,
+    tdq_qconfig_mapping,
+)
+
+__all__ = ["ADAPTERS", "AdapterUnderTest"]
+
+
+class AdapterUnderTest(Protocol):
+    """What the contract needs to know of a framework."""
+
+    name: str
+
+    def prepare(
+        self, model: nn.Module, example_inputs: tuple[Any, ...], activations: int, weights: int
+    ) -> nn.Module:
+        """The framework's prepare step, with so many bits for every layer."""
+
+    def with_quantized_weights(self, frozen: nn.Module) -> nn.Module:
+        """The frozen model, converted where the framework quantizes weights only then."""
+
+
+class TorchAOGraphQAT:
+    name = "torch_ao_fx_qat"
+
+    def prepare(self, model, example_inputs, activations, weights):
+        graph = tdq.trace(model, example_inputs).train()
+        mapping = tdq_qconfig_mapping(graph, activations, weights, first_last_bits=None)
+        backend = tdq_backend_config()
+        return prepare_qat_fx(graph, mapping, example_inputs, backend_config=backend)
+
+    def with_quantized_weights(self, frozen):
+        return frozen
+
+
+class TorchAOGraphPTQ:
+    name = "torch_ao_fx_ptq"
+
+    def prepare(self, model, example_inputs, activations, weights):
+        graph = tdq.trace(model, example_inputs).eval()
+        mapping = tdq_qconfig_mapping(graph, activations, weights, first_last_bits=None)
+        return prepare_fx(graph, mapping, example_inputs, backend_config=tdq_backend_config())
+
+    def with_quantized_weights(self, frozen):
+        return convert(frozen)
+
+
+class TorchAOEager:
+    name = "torch_ao_eager"
+
+    def prepare(self, model, example_inputs, activations, weights):
+        return quantize_eager(model, activations, weights, first_last_bits=None)
+
+    def with_quantized_weights(self, frozen):
+        return frozen
+
+
+ADAPTERS: list[AdapterUnderTest] = [TorchAOGraphQAT(), TorchAOGraphPTQ(), TorchAOEager()]

@@ -1,0 +1,160 @@
+"""Copies, state dicts, threads, training and calibration, through every adapter."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from contract.networks import BATCHES, STEPS
+from torch import distributed, nn
+
+import tdq_plugin as tdq
+
+SAMPLE = BATCHES[2][0][:4]
+
+
+def test_state_dict_of_an_attached_model_loads_into_a_fresh_one(make, attach_only, tmp_path):
+    trained, fresh = make(), attach_only()
+    torch.save(trained.state_dict(), tmp_path / "state.pt")
+    fresh.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(fresh(SAMPLE, 250), trained(SAMPLE, 250))
+
+
+def test_table_loads_into_a_fresh_model(make, attach_only, tmp_path):
+    frozen, fresh = tdq.freeze(make(), STEPS), attach_only()
+    tdq.scale_bank(frozen).table.save(tmp_path / "table.safetensors")
+    tdq.load_scales(fresh, tdq.load_table(tmp_path / "table.safetensors"))
+    fresh.load_state_dict(frozen.state_dict())
+    for step in STEPS:
+        assert torch.equal(fresh(SAMPLE, step), frozen(SAMPLE, step))
+
+
+def test_a_frozen_copy_does_not_freeze_the_original(make):
+    model = make()
+    tdq.freeze(copy.deepcopy(model), STEPS)
+    assert isinstance(tdq.scale_bank(model), tdq.GeneratorBank)
+    model(SAMPLE, 3)
+
+
+def test_threads_with_different_timesteps_do_not_meet(make):
+    model = tdq.freeze(make(), STEPS)
+    with torch.no_grad():
+        alone = {step: model(SAMPLE, step) for step in STEPS}
+
+    def run(step):
+        with torch.no_grad():
+            return all(torch.equal(model(SAMPLE, step), alone[step]) for _ in range(20))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, [0, 250, 600, 999]))
+
+
+@pytest.mark.parametrize("timestep", [250, 250.0, torch.tensor(250), torch.tensor([250])])
+def test_forms_of_the_timestep(make, timestep):
+    model = tdq.freeze(make(), STEPS)
+    with torch.no_grad():
+        expected = model(SAMPLE[:1], torch.tensor([250.0]))
+        assert torch.equal(model(SAMPLE[:1], timestep), expected)
+        assert torch.equal(model(sample=SAMPLE[:1], timestep=timestep), expected)
+
+
+def test_gradients_reach_every_generator(make):
+    model = make().train()
+    model(SAMPLE, torch.tensor(STEPS[:4])).square().mean().backward()
+    bank = tdq.scale_bank(model)
+    for parameter in (bank.weights[-1], bank.biases[-1], bank.zero_point):
+        assert parameter.grad.isfinite().all()
+        assert (parameter.grad.flatten(1).abs().sum(1) > 0).all()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+
+
+def test_training_lowers_the_quantization_error(make):
+    model = make(activations=3).train()
+    timesteps = torch.tensor(STEPS[:4])
+    with tdq.calibration(model), torch.no_grad():
+        target = model(SAMPLE, timesteps)
+    # A step of Adam is as large as its rate, so a weight's scale (about 0.003) needs a small one.
+    steps = [p for name, p in model.named_parameters() if name.endswith("weight_fake_quant.scale")]
+    others = [p for name, p in model.named_parameters() if "weight_fake_quant" not in name]
+    optimizer = torch.optim.Adam([{"params": steps, "lr": 1e-5}, {"params": others, "lr": 1e-3}])
+    errors = []
+    for _ in range(30):
+        error = (model(SAMPLE, timesteps) - target).square().mean()
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        errors.append(error.item())
+    assert sum(errors[-3:]) / 3 < 0.7 * errors[0]
+
+
+def test_calibration_is_float_and_leaves_no_trace(attach_only):
+    model = attach_only()
+    bank = tdq.scale_bank(model)
+    with tdq.calibration(model) as observers, torch.no_grad():
+        first = model(SAMPLE, torch.tensor(STEPS[:4]))
+        for _, quantizer in tdq.named_quantizers(model):
+            quantizer.mode = "off"
+        assert torch.equal(model(SAMPLE, torch.tensor(STEPS[:4])), first)
+    assert tdq.scale_bank(model) is bank
+    assert set(observers) == set(bank.names)
+    for name, quantizer in tdq.named_quantizers(model):
+        assert quantizer.mode == "quantize"
+        assert not quantizer.observed
+        # One bin of timesteps for each of the four samples.
+        assert len(observers[name].result().timesteps) == 4
+
+
+def test_modes_off_and_dynamic(make):
+    model = make(activations=8)
+    quantizers = [quantizer for _, quantizer in tdq.named_quantizers(model)]
+    outputs = {}
+    for mode in ("quantize", "off", "dynamic"):
+        for quantizer in quantizers:
+            quantizer.mode = mode
+        outputs[mode] = model(SAMPLE, 250)
+    size = outputs["off"].norm()
+    assert 0 < (outputs["quantize"] - outputs["off"]).norm() < 0.2 * size
+    assert 0 < (outputs["dynamic"] - outputs["off"]).norm() < 0.2 * size
+
+
+def test_compiles_without_recompilation(make):
+    torch._dynamo.reset()
+    model = tdq.freeze(make(), STEPS)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for step in STEPS:
+            timestep = torch.tensor([step])
+            torch.testing.assert_close(compiled(SAMPLE, timestep), model(SAMPLE, timestep))
+        with pytest.raises(RuntimeError) as caught:
+            compiled(SAMPLE, torch.tensor([3]))
+    # Dynamo puts errors of its own on top when a compiled GraphModule raises.
+    cause = caught.value
+    while cause.__context__ is not None:
+        cause = cause.__context__
+    assert "not in the frozen scale table" in str(cause)
+
+
+def test_exports(make):
+    model = tdq.freeze(make(), STEPS)
+    with torch.no_grad():
+        program = torch.export.export(model, (SAMPLE, torch.tensor([100])))
+        for step in STEPS:
+            timestep = torch.tensor([step])
+            exported = program.module()(SAMPLE, timestep)
+            torch.testing.assert_close(exported, model(SAMPLE, timestep))
+
+
+def test_distributed_data_parallel(make, tmp_path):
+    model = make().train()
+    reference = copy.deepcopy(model)
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model)
+        parallel(SAMPLE, torch.tensor(STEPS[:4])).square().mean().backward()
+    finally:
+        distributed.destroy_process_group()
+    reference(SAMPLE, torch.tensor(STEPS[:4])).square().mean().backward()
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)

@@ -1,0 +1,97 @@
+"""The activation and the weight quantizer, and their modes."""
+
+import pytest
+import torch
+
+from tdq_plugin.errors import AdapterError, CalibrationError
+from tdq_plugin.fake_quantize import fake_quantize
+from tdq_plugin.grid import activation_grid, weight_grid
+from tdq_plugin.quantizer import ActivationQuantizer, dynamic_range
+from tdq_plugin.ranges import search_range
+from tdq_plugin.weights import WeightQuantizer
+
+X = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))
+SCALE, ZERO_POINT = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([7.0, 8.0, 0.0, 15.0])
+WEIGHT = torch.randn(6, 3, 3, 3, generator=torch.Generator().manual_seed(1))
+
+
+def test_quantizes_by_the_given_row() -> None:
+    quantizer = ActivationQuantizer(activation_grid(4))
+    expected = fake_quantize(X, SCALE, ZERO_POINT, 0, 15)
+    assert torch.equal(quantizer(X, SCALE, ZERO_POINT), expected)
+
+
+def test_off_and_observe_pass_the_activation_through() -> None:
+    quantizer = ActivationQuantizer(activation_grid(4))
+    quantizer.mode = "off"
+    assert quantizer(X) is X
+    quantizer.mode = "observe"
+    assert quantizer(X) is X
+    assert torch.equal(quantizer.observed[0], X)
+    assert len(quantizer.observed) == 1
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_dynamic_covers_each_sample_by_its_own_range(symmetric: bool) -> None:
+    grid = activation_grid(8, symmetric)
+    quantizer = ActivationQuantizer(grid)
+    quantizer.mode = "dynamic"
+    x = X * torch.tensor([1.0, 10.0, 0.01, 1000.0]).reshape(4, 1, 1)
+    output = quantizer(x, SCALE, ZERO_POINT)
+    alone = torch.cat([quantizer(sample) for sample in x.split(1)])
+    assert torch.equal(output, alone)
+    scale, zero_point = dynamic_range(x, grid)
+    assert scale.shape == zero_point.shape == (4,)
+    error = (output - x).abs().flatten(1).amax(dim=1)
+    assert bool((error <= scale * 1.001).all())
+
+
+def test_a_call_without_a_scale() -> None:
+    with pytest.raises(AdapterError, match=r"called without a scale. Call tdq_plugin.attach"):
+        ActivationQuantizer(activation_grid(4))(X)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_by_output_channel(bits: int) -> None:
+    grid = weight_grid(bits)
+    quantizer = WeightQuantizer(grid)
+    quantizer.initialise(WEIGHT)
+    scale, _ = search_range(WEIGHT.flatten(1), grid)
+    assert torch.equal(quantizer.scale, scale)
+    expected = torch.stack(
+        [
+            fake_quantize(channel, s, torch.tensor(0.0), grid.quant_min, grid.quant_max)
+            for channel, s in zip(WEIGHT, scale, strict=True)
+        ]
+    )
+    assert torch.equal(quantizer(WEIGHT), expected)
+    codes = quantizer.codes(WEIGHT)
+    assert codes.dtype == torch.int8
+    assert torch.equal(codes * scale.reshape(-1, 1, 1, 1), expected)
+
+
+def test_weight_and_scale_are_trained() -> None:
+    quantizer, weight = WeightQuantizer(weight_grid(4)), WEIGHT.clone().requires_grad_()
+    quantizer.initialise(weight)
+    quantizer(weight).square().sum().backward()
+    assert weight.grad is not None
+    assert quantizer.scale.grad is not None
+    assert bool((quantizer.scale.grad != 0).all())
+
+
+def test_weight_quantizer_switched_off() -> None:
+    quantizer = WeightQuantizer(weight_grid(4))
+    quantizer.enabled = False
+    assert quantizer(WEIGHT) is WEIGHT
+
+
+def test_weight_scales_travel_in_the_state_dict() -> None:
+    first, second = WeightQuantizer(weight_grid(4)), WeightQuantizer(weight_grid(4))
+    first.initialise(WEIGHT)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second(WEIGHT), first(WEIGHT))
+
+
+def test_a_weight_quantizer_without_scale() -> None:
+    with pytest.raises(CalibrationError, match=r"no scale yet. Call tdq_plugin.attach"):
+        WeightQuantizer(weight_grid(4))(WEIGHT)
