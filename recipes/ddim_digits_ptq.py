@@ -1,7 +1,7 @@
 """Quantize the digits DDIM by each method, run it with integer kernels, and write a report."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
@@ -16,19 +16,22 @@ from tdq_plugin.recipes.config import RecipeConfig
 from tdq_plugin.recipes.digits import load_digits
 from tdq_plugin.recipes.digits_classifier import load_classifier
 from tdq_plugin.recipes.evaluation import Evaluator
-from tdq_plugin.recipes.ptq_deploy import integer_model
+from tdq_plugin.recipes.ptq_deploy import fake_model, integer_model
 from tdq_plugin.recipes.ptq_methods import METHODS
 from tdq_plugin.recipes.ptq_quantize import Bits, apply_method, prepare, sampler_weighting
 from tdq_plugin.recipes.ptq_report import write_results
+from tdq_plugin.recipes.reference import cached_images
 from tdq_plugin.recipes.run_state import RunState
-from tdq_plugin.recipes.sampling import scheduler_with
+from tdq_plugin.recipes.sampling import sample, scheduler_with
 from tdq_plugin.reconstruct import (
     CalibrationSet,
     Granularity,
+    Progress,
     ReconstructionConfig,
     TimestepDistribution,
     collect_trajectories,
 )
+from tdq_plugin.scales import TrainableBank
 
 __all__ = ["PTQConfig", "run"]
 
@@ -69,8 +72,8 @@ class PTQConfig(RecipeConfig):
     Attributes:
         bits: Bits of weights and activations, for example `W8A4`; the first and last layer keep 8.
         steps: Steps of the DDIM sampler; calibration uses the same.
-        methods: Rows of the report.
-        int8_methods: Which of them are run with integer kernels, too.
+        int8_methods: Rows of the report that run on integer kernels.
+        fake_methods: Rows that run as fake quantization; a method may be in both.
         calibration: Where calibration data come from.
         reconstruction: How scales are trained.
         learning_rates: Of each trained method.
@@ -81,8 +84,8 @@ class PTQConfig(RecipeConfig):
 
     bits: str = Field(pattern=r"^W[2-8]A[2-8]$")
     steps: int = Field(ge=2, le=1000)
-    methods: list[Literal[tuple(METHODS)]]  # type: ignore[valid-type]
-    int8_methods: list[Literal["mse", "lsq", "tdq"]]
+    int8_methods: list[str]
+    fake_methods: list[str]
     calibration: CalibrationSection
     reconstruction: ReconstructionSection
     learning_rates: dict[str, float]
@@ -90,13 +93,26 @@ class PTQConfig(RecipeConfig):
     latency_rounds: int = Field(gt=0)
     model: Path = MODEL
 
-    @field_validator("learning_rates")
+    @field_validator("learning_rates", "int8_methods", "fake_methods")
     @classmethod
-    def _known_methods(cls, rates: dict[str, float]) -> dict[str, float]:
-        unknown = sorted(set(rates) - set(METHODS))
+    def _known_methods(cls, names: Any) -> Any:
+        unknown = sorted(set(names) - set(METHODS))
         if unknown:
             raise ValueError(f"{unknown} are no methods; choose from {list(METHODS)}")
-        return rates
+        return names
+
+    @field_validator("int8_methods")
+    @classmethod
+    def _have_tables(cls, names: list[str]) -> list[str]:
+        dynamic = [name for name in names if METHODS[name].dynamic]
+        if dynamic or not {"lsq", "tdq"} <= set(names):
+            raise ValueError(f"{dynamic or names}: lsq and tdq are needed, dynamic has no table")
+        return names
+
+    @property
+    def methods(self) -> list[str]:
+        """All methods of the report, in the order of `METHODS`."""
+        return [name for name in METHODS if name in {*self.int8_methods, *self.fake_methods}]
 
     @property
     def widths(self) -> Bits:
@@ -126,13 +142,16 @@ def run(config: PTQConfig) -> Path:
     model = prepare(unet, data_example(data), config.widths)
     observations = _observe(model, data)
     for name in config.methods:
-        if state.result(name) is None:
-            _measure(config, state, model, name, observations, data, scheduler, evaluator)
+        if not state.table_path(name).exists():
+            bank = _train(config, state, model, name, observations, data, scheduler)
+            evaluate_table(bank, evaluator.timesteps).save(state.table_path(name))
     for name in config.int8_methods:
         if state.result(name, "int8") is None:
-            integer = integer_model(state, model, name)
-            with _images(config, f"{METHODS[name].title} int8: images") as progress:
-                state.save_result(name, evaluator.evaluate(integer, progress.update), "int8")
+            _evaluate(config, state, name, "int8", integer_model(state, model, name), evaluator)
+    for name in config.fake_methods:
+        if state.result(name, "fake") is None:
+            fake = fake_model(state, model, name)
+            _evaluate(config, state, name, "fake", fake, evaluator)
     return write_results(config, state, model, observations, evaluator, unet)
 
 
@@ -143,22 +162,34 @@ def data_example(data: CalibrationSet) -> tuple[Tensor, Tensor]:
 
 def _evaluator(config: PTQConfig, unet: nn.Module, scheduler: DDIMScheduler) -> Evaluator:
     generator = torch.Generator().manual_seed(config.evaluation.seed)
-    shape = (1, config_size(unet), config_size(unet))
-    with tqdm(total=2 * config.evaluation.samples, desc="float32: images") as progress:
-        return Evaluator(
-            denoiser=lambda x, t: unet(x, t, return_dict=False)[0],
-            scheduler=scheduler,
-            steps=config.steps,
-            unseen_offset=500 // config.steps,
-            noise=torch.randn(config.evaluation.samples, *shape, generator=generator),
-            other_noise=torch.randn(config.evaluation.samples, *shape, generator=generator),
-            trajectory_noise=torch.randn(
-                config.evaluation.trajectories, *shape, generator=generator
-            ),
-            features=load_classifier().features,
-            data=load_digits(config_size(unet))[0],
-            advance=progress.update,
-        )
+    samples, shape = config.evaluation.samples, (1, config_size(unet), config_size(unet))
+    noise = torch.randn(2 * samples, *shape, generator=generator)
+    ordinary = scheduler_with(scheduler, config.steps)
+
+    def denoiser(x: Tensor, t: Any) -> Tensor:
+        predicted: Tensor = unet(x, t, return_dict=False)[0]
+        return predicted
+
+    def draw() -> Tensor:
+        with tqdm(total=len(noise), desc="float32: images", unit="image") as progress:
+            return sample(denoiser, ordinary, noise, advance=progress.update)
+
+    key = f"{config.steps} steps, {samples} samples, seed {config.evaluation.seed}"
+    weights = config.model / "unet" / "diffusion_pytorch_model.safetensors"
+    images = cached_images(config.output / "float-images", key, weights, draw)
+    return Evaluator(
+        denoiser,
+        ordinary,
+        unseen=scheduler_with(scheduler, config.steps, offset=500 // config.steps),
+        noise=noise[:samples],
+        images=images[:samples],
+        other_images=images[samples:],
+        trajectory_noise=torch.randn(
+            config.evaluation.trajectories, *shape, generator=generator
+        ),
+        features=load_classifier().features,
+        data=load_digits(config_size(unet))[0],
+    )
 
 
 def config_size(unet: nn.Module) -> int:
@@ -192,7 +223,7 @@ def _observe(model: fx.GraphModule, data: CalibrationSet) -> dict[str, Observati
     return tdq.calibrate(model, shown, warm_start=False)
 
 
-def _measure(
+def _train(
     config: PTQConfig,
     state: RunState,
     model: fx.GraphModule,
@@ -200,34 +231,30 @@ def _measure(
     observations: dict[str, Observation],
     data: CalibrationSet,
     scheduler: DDIMScheduler,
-    evaluator: Evaluator,
-) -> None:
+) -> TrainableBank:
     method, training = METHODS[name], config.training(name)
-    with tqdm(total=training.iterations, desc=f"{method.title}: train") as progress:
+    checkpoint = state.folder / "checkpoints" / f"{name}.safetensors"
+    with tqdm(total=0, desc=f"{method.title}: scales", unit="step") as progress:
 
-        def show(now: Any) -> None:
+        def show(now: Progress) -> None:
             progress.total = now.steps
             progress.set_postfix(block=now.block, loss=f"{now.loss:.2e}", refresh=False)
             progress.update(now.step - progress.n)
 
-        bank = apply_method(
-            model,
-            method,
-            observations,
-            data,
-            training,
-            sampler_weighting(scheduler),
-            state.folder / "checkpoints" / f"{name}.safetensors",
-            show,
+        weighting = sampler_weighting(scheduler)
+        return apply_method(
+            model, method, observations, data, training, weighting, checkpoint, show
         )
-    table = evaluate_table(bank, evaluator.timesteps)
-    model.scale_bank = tdq.FrozenBank(table)
-    with _images(config, f"{method.title}: images") as progress:
-        result = evaluator.evaluate(model, progress.update)
-    model.scale_bank = bank
-    table.save(state.table_path(name))
-    state.save_result(name, result)
 
 
-def _images(config: PTQConfig, title: str) -> Any:
-    return tqdm(total=config.evaluation.samples, desc=title, unit="image")
+def _evaluate(
+    config: PTQConfig,
+    state: RunState,
+    name: str,
+    execution: str,
+    model: nn.Module,
+    evaluator: Evaluator,
+) -> None:
+    title = f"{METHODS[name].title}, {execution}: images"
+    with tqdm(total=config.evaluation.samples, desc=title, unit="image") as progress:
+        state.save_result(name, evaluator.evaluate(model, progress.update), execution)

@@ -14,7 +14,6 @@ from tdq_plugin.recipes.sampling import (
     Trajectories,
     record_trajectories,
     sample,
-    scheduler_with,
 )
 from tdq_plugin.study import FrechetReference
 
@@ -44,38 +43,33 @@ class Evaluator:
     Args:
         denoiser: The float model.
         scheduler: Its scheduler.
-        steps: Steps of the sampler.
-        unseen_offset: How much later than the sampler's timesteps the unseen ones are.
+        unseen: The same with timesteps between those of the scheduler.
         noise: Starting noise of the samples, shape `(N, C, H, W)`.
-        other_noise: Starting noise of as many further samples, for the noise floor.
+        images: What the float model draws from it.
+        other_images: As many images of the float model from other noise, for the noise floor.
         trajectory_noise: Starting noise of the trajectories.
         features: Feature network of the Fréchet distances.
         data: Real images.
-        advance: Told of finished images.
     """
 
     def __init__(
         self,
         denoiser: Denoiser,
         scheduler: DDIMScheduler,
-        steps: int,
-        unseen_offset: int,
+        unseen: DDIMScheduler,
         noise: Tensor,
-        other_noise: Tensor,
+        images: Tensor,
+        other_images: Tensor,
         trajectory_noise: Tensor,
         features: Callable[[Tensor], Tensor],
         data: Tensor,
-        advance: Callable[[int], Any] | None = None,
     ) -> None:
-        self.scheduler = scheduler_with(scheduler, steps)
-        self.unseen = scheduler_with(scheduler, steps, unseen_offset)
-        self.noise = noise
-        self.seen_trajectories = record_trajectories(denoiser, self.scheduler, trajectory_noise)
-        self.unseen_trajectories = record_trajectories(denoiser, self.unseen, trajectory_noise)
-        self.images = sample(denoiser, self.scheduler, noise, advance=advance)
-        self.other_images = sample(denoiser, self.scheduler, other_noise, advance=advance)
+        self.scheduler, self.unseen = scheduler, unseen
+        self.noise, self.images, self.other_images = noise, images, other_images
+        self.seen_trajectories = record_trajectories(denoiser, scheduler, trajectory_noise)
+        self.unseen_trajectories = record_trajectories(denoiser, unseen, trajectory_noise)
         self.to_data = FrechetReference(features, data)
-        self.to_float = FrechetReference(features, self.images)
+        self.to_float = FrechetReference(features, images)
 
     def noise_floor(self) -> dict[str, float]:
         """Distance between the float model's images and as many from other noise."""

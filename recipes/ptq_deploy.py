@@ -11,11 +11,12 @@ from tqdm.auto import tqdm
 import tdq_plugin as tdq
 from tdq_plugin.deploy import lower_to_int8, save_int8
 from tdq_plugin.files import atomic_folder
+from tdq_plugin.recipes.ptq_methods import METHODS
 from tdq_plugin.recipes.run_state import RunState
 from tdq_plugin.study.latency import paired_ratios
 from tdq_plugin.study.schema import Latency, SizeBytes
 
-__all__ = ["integer_model", "measure_latency", "save_model"]
+__all__ = ["fake_model", "integer_model", "measure_latency", "save_model"]
 
 _CALLS_IN_A_ROUND = 5
 
@@ -26,6 +27,14 @@ def integer_model(
     """Lower the model with the scale table of a method."""
     tdq.load_scales(model, tdq.load_table(state.table_path(name)))
     return lower_to_int8(model, **options)
+
+
+def fake_model(state: RunState, model: fx.GraphModule, name: str) -> fx.GraphModule:
+    """The fake-quantized model with the scale table of a method."""
+    tdq.load_scales(model, tdq.load_table(state.table_path(name)))
+    for _, quantizer in tdq.named_quantizers(model):
+        quantizer.mode = "dynamic" if METHODS[name].dynamic else "quantize"
+    return model
 
 
 def save_model(config: Any, state: RunState, model: fx.GraphModule, unet: nn.Module) -> SizeBytes:

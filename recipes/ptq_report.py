@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 import tdq_plugin as tdq
 from tdq_plugin.observe import Observation
 from tdq_plugin.ranges import search_scale
-from tdq_plugin.recipes.evaluation import Evaluator
+from tdq_plugin.recipes.evaluation import Evaluator, Result
 from tdq_plugin.recipes.ptq_deploy import measure_latency, save_model
 from tdq_plugin.recipes.ptq_methods import METHODS
 from tdq_plugin.recipes.run_state import RunState
@@ -63,13 +63,19 @@ def _rows(config: Any, state: RunState, evaluator: Evaluator) -> list[ReportRow]
     rows: list[Any] = [
         {"method": "float32", "execution": "float32", **evaluator.float_metrics(), **common}
     ]
-    for execution, names in (("fake", config.methods), ("int8", config.int8_methods)):
-        for name in names:
+    for name in config.methods:
+        for execution in ("int8", "fake"):
             result = state.result(name, execution)
-            assert result is not None
-            title = METHODS[name].title
-            rows.append({"method": title, "execution": execution, **result.metrics, **common})
+            if result is not None:
+                measured = {**result.metrics, **common}
+                rows.append({"method": METHODS[name].title, "execution": execution, **measured})
     return rows
+
+
+def _any_result(state: RunState, name: str) -> Result:
+    result = state.result(name, "int8") or state.result(name, "fake")
+    assert result is not None
+    return result
 
 
 def _dynamics(observations: dict[str, Observation]) -> Any:
@@ -96,29 +102,26 @@ def _figures(
             "trajectory. Sampling runs from right to left.",
         ),
     }
-    if "tdq" in config.methods and "lsq" in config.methods:
-        figures["Scales over time"] = (
-            _curves(state, observations),
-            "The six layers whose best scales move most. Points: the scale with the least "
-            "rounding error at each timestep. Line: what TDQ learned. Dashed: static LSQ.",
-        )
+    figures["Scales over time"] = (
+        _curves(state, observations),
+        "The six layers whose best scales move most. Points: the scale with the least "
+        "rounding error at each timestep. Line: what TDQ learned. Dashed: static LSQ.",
+    )
     return figures
 
 
 def _grid(config: Any, state: RunState, evaluator: Evaluator) -> bytes:
     rows: dict[str, Tensor] = {"float32": evaluator.images}
     for name in SHOWN:
-        result = state.result(name)
-        if name in config.methods and result is not None:
-            rows[METHODS[name].title] = result.images
+        if name in config.methods:
+            rows[METHODS[name].title] = _any_result(state, name).images
     return sample_grid(rows, columns=16)
 
 
 def _errors(config: Any, state: RunState) -> bytes:
     curves = {}
     for name in config.methods:
-        result = state.result(name)
-        assert result is not None
+        result = _any_result(state, name)
         curves[METHODS[name].title] = (result.timesteps, result.errors)
     return error_over_timesteps(curves)
 
