@@ -63,8 +63,7 @@ def main() -> None:
     options = parse_arguments()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    # torch.ao announces its deprecation on every call.
-    warnings.filterwarnings("ignore", module="torch.ao")
+    warnings.filterwarnings("ignore", message="torch.ao.quantization is deprecated")
     model = UNet2DModel(**MODELS[options.model]).eval()
     float_graph = tdq.trace(copy.deepcopy(model), example(model, 2))
     models = int8_models(frozen(model), cache=options.timestep_path == "cached")

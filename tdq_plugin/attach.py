@@ -1,7 +1,7 @@
 """`attach`: give a prepared model the one module that sees the timestep."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
@@ -16,7 +16,6 @@ __all__ = ["attach", "named_quantizers", "scale_bank", "set_scale_bank"]
 
 Model = TypeVar("Model", bound=nn.Module)
 BankFactory = Callable[[Mapping[str, QuantizationGrid]], TrainableBank]
-_QUANTIZER_PATHS = "_tdq_quantizer_paths"
 
 
 def attach(
@@ -47,8 +46,8 @@ def attach(
             "No compute layer of the model has a TDQ activation quantizer. "
             "Check the qconfig that the model was prepared with."
         )
-    paths = {id(module): path for path, module in model.named_modules()}
-    setattr(model, _QUANTIZER_PATHS, {name: paths[id(q)] for name, q in quantizers.items()})
+    for name, quantizer in quantizers.items():
+        quantizer.name = name
     model.scale_bank = bank({name: q.grid for name, q in quantizers.items()})
     adapter.connect(model, timestep_argument)
     return model
@@ -82,8 +81,8 @@ def set_scale_bank(model: nn.Module, bank: ScaleBank) -> None:
 
 def named_quantizers(model: nn.Module) -> Iterator[tuple[str, ActivationQuantizer]]:
     """Name and module of every attached activation quantizer, in row order of the bank."""
-    scale_bank(model)
-    paths: dict[str, str] = getattr(model, _QUANTIZER_PATHS)
-    for name, path in paths.items():
-        quantizer: Any = model.get_submodule(path)
-        yield name, quantizer
+    found = {
+        module.name: module for module in model.modules() if isinstance(module, ActivationQuantizer)
+    }
+    for name in scale_bank(model).names:
+        yield name, found[name]

@@ -52,7 +52,7 @@ def quantize(
 ) -> Tensor:
     """The integer codes of `x`, as a float tensor; arguments as in `fake_quantize`."""
     scale, zero_point = per_sample(scale, x), per_sample(zero_point, x)
-    return _levels(x * (1 / scale), zero_point, quant_min, quant_max).add_(zero_point)
+    return _levels(_steps(x, scale), zero_point, quant_min, quant_max).add_(zero_point)
 
 
 def per_sample(value: Tensor, x: Tensor) -> Tensor:
@@ -91,6 +91,11 @@ def round_straight_through(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
+def _steps(x: Tensor, scale: Tensor) -> Tensor:
+    # A 0-d scale would let a bfloat16 x decide the precision.
+    return x.to(torch.promote_types(x.dtype, scale.dtype)) * (1 / scale)
+
+
 def _levels(steps: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
     # The multiplication by 1 / scale, and rounding before the zero point is added, are what
     # torch.ao's decomposed operators do: the codes are bit-equal to theirs.
@@ -113,7 +118,7 @@ class _LearnedStep(torch.autograd.Function):
         quant_max: int,
         factor: float,
     ) -> Tensor:
-        steps = x * (1 / scale)
+        steps = _steps(x, scale)
         levels = _levels(steps, zero_point, quant_min, quant_max)
         ctx.save_for_backward(steps, levels, scale, zero_point)
         ctx.quant_min, ctx.quant_max, ctx.factor, ctx.dtype = quant_min, quant_max, factor, x.dtype

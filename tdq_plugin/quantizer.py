@@ -22,6 +22,7 @@ class ActivationQuantizer(nn.Module):
         grid: The integer codes.
 
     Attributes:
+        name: Its row in the scale bank; set by `tdq_plugin.attach`.
         mode: `quantize` by the given scale, `observe` and pass `x` through, `off`, or `dynamic`:
             ignore the given scale and take each sample's own minimum and maximum (the
             input-dependent baseline).
@@ -31,6 +32,7 @@ class ActivationQuantizer(nn.Module):
     def __init__(self, grid: QuantizationGrid) -> None:
         super().__init__()
         self.grid = grid
+        self.name: str | None = None
         self.mode: QuantizerMode = "quantize"
         self.observed: list[Tensor] = []
 

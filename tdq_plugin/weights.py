@@ -19,20 +19,36 @@ class WeightQuantizer(nn.Module):
         grid: The integer codes, symmetric.
 
     Attributes:
-        scale: Shape `(output channels,)`; empty until `initialise` or a state dict sets it.
+        base_scale: Where training starts, shape `(output channels,)`; empty until `initialise` or
+            a state dict sets it.
+        log_ratio: Learned; `scale = base_scale * exp(log_ratio)`. A plain scale of 1e-3 would be
+            wrecked by a single Adam step at an ordinary learning rate.
         enabled: Whether the weight is quantized.
     """
+
+    base_scale: Tensor
 
     def __init__(self, grid: QuantizationGrid) -> None:
         super().__init__()
         self.grid = grid
-        self.scale = nn.Parameter(torch.empty(0))
+        self.register_buffer("base_scale", torch.empty(0))
+        self.log_ratio = nn.Parameter(torch.empty(0))
         self.enabled = True
+
+    @property
+    def scale(self) -> Tensor:
+        """The scales, shape `(output channels,)`; empty if they were never set."""
+        return (self.base_scale * self.log_ratio.exp()).clamp(min=SCALE_FLOOR)
 
     def initialise(self, weight: Tensor, method: RangeMethod = "mse") -> None:
         """Set the scales from a weight `(output channels, ...)`; `mse` is the optimal clipping."""
         scale, _ = search_range(weight.detach().flatten(1).float(), self.grid, method)
-        self.scale.data = scale.to(weight.device)
+        self.set_scale(scale.to(weight.device))
+
+    def set_scale(self, scale: Tensor) -> None:
+        """Start from given scales, positive, shape `(output channels,)`."""
+        self.base_scale = scale
+        self.log_ratio.data = torch.zeros_like(scale)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Quantize and dequantize a weight."""
@@ -56,7 +72,7 @@ class WeightQuantizer(nn.Module):
         return codes.to(torch.int8)
 
     def positive_scale(self) -> Tensor:
-        """The scales, kept away from zero.
+        """The scales.
 
         Raises:
             CalibrationError: They were never set.
@@ -66,10 +82,10 @@ class WeightQuantizer(nn.Module):
                 "A weight quantizer has no scale yet. Call tdq_plugin.attach(model), which sets "
                 "it from the weight, or load a state dict."
             )
-        return self.scale.clamp(min=SCALE_FLOOR)
+        return self.scale
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):  # type: ignore[no-untyped-def]
-        saved = state_dict.get(prefix + "scale")
-        if saved is not None and self.scale.shape != saved.shape:
-            self.scale.data = self.scale.data.new_empty(saved.shape)
+        saved = state_dict.get(prefix + "base_scale")
+        if saved is not None and self.base_scale.shape != saved.shape:
+            self.set_scale(self.base_scale.new_ones(saved.shape))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

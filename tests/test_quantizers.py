@@ -75,8 +75,8 @@ def test_weight_and_scale_are_trained() -> None:
     quantizer.initialise(weight)
     quantizer(weight).square().sum().backward()
     assert weight.grad is not None
-    assert quantizer.scale.grad is not None
-    assert bool((quantizer.scale.grad != 0).all())
+    assert quantizer.log_ratio.grad is not None
+    assert bool((quantizer.log_ratio.grad != 0).all())
 
 
 def test_weight_quantizer_switched_off() -> None:

@@ -4,10 +4,8 @@ from collections import Counter
 from typing import cast
 
 from torch import fx, nn
-from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from tdq_plugin.adapters.torch_ao.fake_quantize import TDQFakeQuantize, initialise_weights
-from tdq_plugin.attach import _QUANTIZER_PATHS
 from tdq_plugin.errors import AdapterError
 from tdq_plugin.graph.compute import is_layer, operand_indices
 from tdq_plugin.graph.scale_edge import connect_scales
@@ -47,9 +45,6 @@ class TorchAOAdapter:
             sample = next((name for name in names if name != timestep), None)
             insert_timestep_node(graph_module.graph, timestep, sample)
         connect_scales(graph_module, list(_name(_quantizer_nodes(graph_module)).values()))
-        # A GraphModule forgets plain attributes when it is copied, unless they are listed here.
-        preserved = graph_module.meta.setdefault(_USER_PRESERVED_ATTRIBUTES_KEY, {})
-        preserved[_QUANTIZER_PATHS] = getattr(graph_module, _QUANTIZER_PATHS)
 
 
 def _strip(graph_module: fx.GraphModule) -> None:

@@ -79,21 +79,6 @@ class _Quantizer(nn.Module):
         codes = int8_values.to(torch.int8).view(torch.uint8)
         return codes.bitwise_xor_(128) if self.flips_sign else codes
 
-    def row_of(self, x: Tensor) -> QuantizerRow:
-        """The row that fits the minimum and maximum of the whole of `x`."""
-        low, high = x.aminmax()
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        if self.grid.symmetric:
-            scale = torch.maximum(high / self.grid.quant_max, low / self.grid.quant_min)
-            zero_point = torch.zeros_like(scale)
-        else:
-            scale = (high - low) / (self.grid.quant_max - self.grid.quant_min)
-            zero_point = self.grid.quant_min - (low / scale.clamp(min=SCALE_FLOOR)).round()
-        scale = scale.clamp(min=SCALE_FLOOR)
-        offset = zero_point - int8_shift(self.grid)
-        code = (zero_point + uint8_shift(self.grid)).to(torch.int32)
-        return QuantizerRow(scale, 1 / scale, offset, code)
-
 
 class TableCodes(_Quantizer):
     """Codes by a row of the scale table, bit-equal to `tdq_plugin.fake_quantize.quantize`.
@@ -128,7 +113,7 @@ class DynamicCodes(_Quantizer):
 
     def forward(self, x: Tensor) -> Codes:
         """As `TableCodes.forward`."""
-        scale, reciprocal, offset, zero_point = self.row_of(x)
+        scale, reciprocal, offset, zero_point = _dynamic_row(x, self.grid)
         values = self.uint8_codes(self.int8_values(x, reciprocal, offset))
         return Codes(values, scale, zero_point)
 
@@ -138,5 +123,19 @@ class DynamicValues(_Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """As `TableValues.forward`."""
-        scale, reciprocal, offset, _ = self.row_of(x)
+        scale, reciprocal, offset, _ = _dynamic_row(x, self.grid)
         return self.int8_values(x, reciprocal, offset).sub_(offset).mul_(scale)
+
+
+def _dynamic_row(x: Tensor, grid: QuantizationGrid) -> QuantizerRow:
+    """The row that fits the minimum and maximum of the whole of `x`."""
+    low, high = x.aminmax()
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if grid.symmetric:
+        scale = torch.maximum(high / grid.quant_max, low / grid.quant_min).clamp(min=SCALE_FLOOR)
+        zero_point = torch.zeros_like(scale)
+    else:
+        scale = ((high - low) / (grid.quant_max - grid.quant_min)).clamp(min=SCALE_FLOOR)
+        zero_point = grid.quant_min - (low / scale).round()
+    code = (zero_point + uint8_shift(grid)).to(torch.int32)
+    return QuantizerRow(scale, 1 / scale, zero_point - int8_shift(grid), code)

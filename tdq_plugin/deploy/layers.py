@@ -12,7 +12,7 @@ from tdq_plugin.fake_quantize import per_sample
 __all__ = ["Int8Conv", "Int8Layer", "Int8Linear"]
 
 # Float output of unit scale, and no operation after the product.
-_FLOAT_OUTPUT = (1.0, 0, torch.float32, "none", [], "")
+_FLOAT_OUTPUT: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
 
 
 class Int8Layer(nn.Module):

@@ -132,12 +132,12 @@ def _lower_layers(graph_module: fx.GraphModule) -> dict[str, int]:
         if is_layer(node):
             inputs.setdefault(str(node.target), []).append(node.args[0])
     bits = {}
-    for path, values in inputs.items():
+    for path, arguments in inputs.items():
         layer = graph_module.get_submodule(path)
         quantizer = weight_quantizer(layer)
         if quantizer is None:
             continue
-        if quantizers.issuperset(values) and has_integer_kernel(layer):
+        if quantizers.issuperset(arguments) and has_integer_kernel(layer):
             bits[path] = quantizer.grid.bits
             graph_module.set_submodule(path, int8_layer(layer))
         else:
@@ -191,9 +191,9 @@ def _insert_lookup(
         with graph.inserting_before(quantizer):
             entry = graph.call_function(operator.getitem, (rows, row))
         quantizer.args = (*quantizer.args, entry)
-    depends = sources(graph)
+    depends, after = sources(graph), looked_up.next
     for index, boundary in enumerate(boundaries):
-        with graph.inserting_after(looked_up):
+        with graph.inserting_before(after):
             value = graph.call_function(operator.getitem, (looked_up, index))
         users = {user for user in boundary.users if depends[user] != Source.TIMESTEP}
         boundary.replace_all_uses_with(value, users.__contains__)

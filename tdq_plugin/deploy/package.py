@@ -149,7 +149,7 @@ def _add_weight_quantizers(graph_module: fx.GraphModule, description: Int8Descri
             ) from error
         quantizer = WeightQuantizer(weight_grid(bits))
         # Any scale will do: the saved codes and scales take the place of what it gives.
-        quantizer.scale.data = torch.ones(len(layer.weight))
+        quantizer.set_scale(torch.ones(len(layer.weight)))
         layer.weight_fake_quant = quantizer
 
 

@@ -89,16 +89,17 @@ class _TimestepPath:
         self.graph_module = graph_module
         self.boundaries = boundaries
         self.depends = sources(graph_module.graph)
-        self.timesteps = find_timestep_node(graph_module.graph)
+        timesteps = find_timestep_node(graph_module.graph)
+        assert timesteps is not None
+        self.timesteps = timesteps
         needed = set(self._ancestors(boundaries))
         self.nodes = [node for node in graph_module.graph.nodes if node in needed]
 
     def values(self, timesteps: Tensor) -> list[Any]:
         # A sample appears here only by its batch size; a vector of that length stands in for it.
         stand_in = torch.empty(len(timesteps), device=timesteps.device)
-        known: dict[fx.Node, Any] = {}
         interpreter = fx.Interpreter(self.graph_module)
-        interpreter.env = known
+        known = interpreter.env
         for node in self.nodes:
             if node is self.timesteps:
                 known[node] = timesteps

@@ -13,7 +13,7 @@ from tdq_plugin.weights import WeightQuantizer
 __all__ = ["float_layer", "has_integer_kernel", "int8_layer", "weight_quantizer"]
 
 
-def weight_quantizer(layer: nn.Module) -> WeightQuantizer | None:
+def weight_quantizer(layer: Any) -> WeightQuantizer | None:
     """The weight quantizer of a layer from `prepare_qat_fx` or `prepare_fx`, if it has one.
 
     Raises:
@@ -34,7 +34,7 @@ def weight_quantizer(layer: nn.Module) -> WeightQuantizer | None:
     return quantizer if quantizer.enabled else None
 
 
-def has_integer_kernel(layer: nn.Module) -> bool:
+def has_integer_kernel(layer: Any) -> bool:
     """Whether the layer can run on int8 codes: quantized weight, padding with zeros."""
     if weight_quantizer(layer) is None:
         return False
@@ -60,7 +60,7 @@ def int8_layer(layer: nn.Module) -> Int8Layer:
 def float_layer(layer: nn.Module) -> nn.Module:
     """A plain float layer, with its weight quantized if the layer has a weight quantizer."""
     quantizer = weight_quantizer(layer)
-    plain = _plain(layer)
+    plain: nn.Module = _plain(layer)
     if quantizer is not None:
         with torch.no_grad():
             plain.weight = nn.Parameter(quantizer(plain.weight))

@@ -1,0 +1,68 @@
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from tdq_plugin.errors import CalibrationError
+from tdq_plugin.reconstruct import collect_trajectories
+
+SHAPE = (1, 4, 4)
+
+
+def half(samples, timestep):
+    return 0.5 * samples
+
+
+@pytest.fixture
+def scheduler():
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(10)
+    return scheduler
+
+
+def test_every_step_of_every_trajectory_is_kept(scheduler):
+    data = collect_trajectories(half, scheduler, SHAPE, images=6, batch_size=4)
+    assert len(data) == 60
+    values, counts = data.timesteps.unique(return_counts=True)
+    assert values.tolist() == sorted(scheduler.timesteps.tolist())
+    assert counts.tolist() == [6] * 10
+
+
+def test_the_first_samples_are_noise_and_later_ones_come_from_the_scheduler(scheduler):
+    data = collect_trajectories(half, scheduler, SHAPE, images=1)
+    for index, timestep in enumerate(scheduler.timesteps[:-1]):
+        sample = data.samples[index : index + 1]
+        following = scheduler.step(half(sample, timestep), timestep, sample).prev_sample
+        assert torch.equal(following, data.samples[index + 1 : index + 2])
+
+
+def test_normal_timesteps_prefer_the_middle_near_the_image(scheduler):
+    data = collect_trajectories(half, scheduler, SHAPE, images=20, distribution="normal")
+    values, counts = data.timesteps.unique(return_counts=True)
+    assert values[counts.argmax()] in (300, 400)
+    assert counts.min() >= 1
+    assert counts[-1] < counts.max()
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "normal"])
+def test_the_budget_bounds_the_samples(scheduler, distribution):
+    budget = 35 * 16 * 4
+    data = collect_trajectories(
+        half, scheduler, SHAPE, images=20, distribution=distribution, byte_budget=budget
+    )
+    assert data.samples.numel() * 4 <= budget + 10 * 16 * 4
+    assert len(data.timesteps.unique()) == 10
+
+
+def test_a_budget_below_one_sample_per_timestep_is_refused(scheduler):
+    with pytest.raises(CalibrationError, match=r"100 bytes holds 1 samples, fewer than the 10"):
+        collect_trajectories(half, scheduler, SHAPE, byte_budget=100)
+
+
+def test_progress_reaches_the_end_and_seeds_repeat(scheduler):
+    calls = []
+    first = collect_trajectories(
+        half, scheduler, SHAPE, images=5, batch_size=2, progress=lambda *now: calls.append(now)
+    )
+    second = collect_trajectories(half, scheduler, SHAPE, images=5, batch_size=2)
+    assert calls[-1] == (30, 30)
+    assert torch.equal(first.samples, second.samples)

@@ -1,0 +1,181 @@
+import copy
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+import tdq_plugin as tdq
+from tdq_plugin.adapters.torch_ao import tdq_backend_config, tdq_qconfig_mapping
+from tdq_plugin.errors import AdapterError, CalibrationError, ConfigError, TableFormatError
+from tdq_plugin.graph import copy_module_paths
+from tdq_plugin.reconstruct import (
+    CalibrationSet,
+    ReconstructionConfig,
+    collect_trajectories,
+    find_blocks,
+    reconstruct,
+)
+from tdq_plugin.reconstruct.blocks import run_block
+from tdq_plugin.reconstruct.stream import Stream
+
+EXAMPLE = (torch.randn(2, 1, 8, 8), torch.tensor([3, 400]))
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=4,
+        resnet_time_scale_shift="scale_shift",
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def data(unet):
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(5)
+    return collect_trajectories(unet, scheduler, (1, 8, 8), images=8)
+
+
+@pytest.fixture(scope="module")
+def calibrated(unet, data):
+    graph = tdq.trace(copy.deepcopy(unet), EXAMPLE)
+    mapping = tdq_qconfig_mapping(graph, activation_bits=3)
+    prepared = prepare_qat_fx(graph, mapping, EXAMPLE, backend_config=tdq_backend_config())
+    copy_module_paths(graph.graph, prepared.graph)
+    tdq.attach(prepared).eval()
+    tdq.calibrate(prepared, data.batches(8), warm_start=False, samples=64)
+    return prepared
+
+
+@pytest.fixture
+def model(calibrated):
+    fresh = copy.deepcopy(calibrated)
+    for new, old in zip(fresh.graph.nodes, calibrated.graph.nodes, strict=True):
+        new.meta["module_path"] = old.meta.get("module_path")
+    return fresh
+
+
+def test_blocks_follow_the_modules(model):
+    names = [block.name for block in find_blocks(model.graph)]
+    assert names[:3] == ["conv_in", "down_blocks.0.resnets.0", "down_blocks.0.downsamplers.0"]
+    assert "mid_block.attentions.0" in names
+    assert names[-1] == "conv_out"
+    (whole,) = find_blocks(model.graph, "network")
+    assert whole.inputs == ()
+
+
+def test_blocks_cover_every_quantizer_once(model):
+    quantizers = {
+        node.target
+        for block in find_blocks(model.graph)
+        for node in block.nodes
+        if "post_process" in str(node.target)
+    }
+    assert len(quantizers) == len(tdq.scale_bank(model).names)
+
+
+@pytest.mark.parametrize("granularity", ["block", "network"])
+def test_blocks_one_after_the_other_are_the_model(model, data, granularity):
+    stream = Stream(model, data, batch_size=16)
+    blocks = find_blocks(model.graph, granularity)
+    for position, block in enumerate(blocks):
+        stream.advance(block)
+        if position + 1 < len(blocks):
+            stream.forget(blocks[position + 1 :])
+    (output,) = (stream.values[node] for node in blocks[-1].outputs)
+    with torch.no_grad():
+        whole = torch.cat([model(*batch) for batch in data.batches(16)])
+    assert torch.equal(output, whole)
+
+
+def test_a_block_with_one_sample_equals_the_batch(model, data):
+    block = find_blocks(model.graph)[1]
+    stream = Stream(model, data)
+    stream.advance(find_blocks(model.graph)[0])
+    with torch.no_grad():
+        (together,) = run_block(model, block, stream.inputs(block, slice(0, 4))).values()
+        (alone,) = run_block(model, block, stream.inputs(block, slice(2, 3))).values()
+    torch.testing.assert_close(together[2:3], alone, rtol=0, atol=1e-5)
+
+
+def _output_error(model, data):
+    with torch.no_grad():
+        quantized = torch.cat([model(*batch) for batch in data.batches(16)])
+        with tdq.calibration(model):
+            target = torch.cat([model(*batch) for batch in data.batches(16)])
+    return float((quantized - target).square().mean())
+
+
+@pytest.mark.parametrize("granularity", ["block", "network"])
+def test_training_lowers_the_error_and_touches_only_the_bank(model, data, granularity):
+    before = _output_error(model, data)
+    state = {k: v.clone() for k, v in model.state_dict().items() if "scale_bank" not in k}
+    required = [p.requires_grad for p in model.parameters()]
+    steps = []
+    config = ReconstructionConfig(granularity, iterations=40, batch_size=16)
+    reconstruct(model, data, config, progress=steps.append)
+    assert _output_error(model, data) < 0.95 * before
+    assert [p.requires_grad for p in model.parameters()] == required
+    for key, value in state.items():
+        assert torch.equal(model.state_dict()[key], value), key
+    assert steps[-1].step == steps[-1].steps == len(steps)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_result(model, data, tmp_path):
+    config = ReconstructionConfig("block", iterations=3, batch_size=8)
+    twin = copy.deepcopy(model)
+    for new, old in zip(twin.graph.nodes, model.graph.nodes, strict=True):
+        new.meta["module_path"] = old.meta.get("module_path")
+    reconstruct(model, data, config)
+
+    def interrupt(progress):
+        if progress.step == 20:
+            raise KeyboardInterrupt
+
+    start = {key: value.clone() for key, value in tdq.scale_bank(twin).state_dict().items()}
+    checkpoint = tmp_path / "scales.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct(twin, data, config, checkpoint=checkpoint, progress=interrupt)
+    tdq.scale_bank(twin).load_state_dict(start)
+    steps = []
+    reconstruct(twin, data, config, checkpoint=checkpoint, progress=steps.append)
+    assert steps[0].step > 3
+    for key, value in tdq.scale_bank(model).state_dict().items():
+        assert torch.equal(tdq.scale_bank(twin).state_dict()[key], value), key
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(model, data, tmp_path):
+    checkpoint = tmp_path / "scales.safetensors"
+    reconstruct(model, data, ReconstructionConfig(iterations=1), checkpoint=checkpoint)
+    with pytest.raises(ConfigError, match=r"another configuration.*Remove it"):
+        reconstruct(model, data, ReconstructionConfig(iterations=2), checkpoint=checkpoint)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    with pytest.raises(TableFormatError, match="not a readable checkpoint"):
+        reconstruct(model, data, ReconstructionConfig(iterations=1), checkpoint=checkpoint)
+
+
+def test_samples_that_are_not_finite_are_refused(model, data):
+    broken = CalibrationSet(data.samples * float("nan"), data.timesteps)
+    with pytest.raises(CalibrationError, match="loss of block 'network' is nan at step 0"):
+        reconstruct(model, broken, ReconstructionConfig(iterations=1))
+
+
+def test_frozen_models_are_refused(model, data):
+    tdq.freeze(model, [0, 200, 400, 600, 800])
+    with pytest.raises(AdapterError, match=r"FrozenBank.*before freeze"):
+        reconstruct(model, data)
+
+
+def test_numbers_must_be_positive():
+    with pytest.raises(ConfigError, match="iterations=0"):
+        ReconstructionConfig(iterations=0)
