@@ -2,10 +2,12 @@
 
 from tdq_plugin.attach import attach, named_quantizers, scale_bank, set_scale_bank
 from tdq_plugin.calibrate import calibrate, calibration
+from tdq_plugin.deploy import load_int8, lower_to_int8, save_int8
 from tdq_plugin.errors import TDQError
 from tdq_plugin.freeze import freeze, load_scales
 from tdq_plugin.graph import trace
 from tdq_plugin.grid import QuantizationGrid, activation_grid, weight_grid
+from tdq_plugin.reconstruct import ReconstructionConfig, collect_trajectories, reconstruct
 from tdq_plugin.scales import (
     ConstantBank,
     FrozenBank,
@@ -22,6 +24,7 @@ __all__ = [
     "GeneratorBank",
     "GeneratorConfig",
     "LearnedTableBank",
+    "ReconstructionConfig",
     "QuantizationGrid",
     "ScaleBank",
     "ScaleTable",
@@ -30,10 +33,15 @@ __all__ = [
     "attach",
     "calibrate",
     "calibration",
+    "collect_trajectories",
     "freeze",
+    "load_int8",
     "load_scales",
     "load_table",
+    "lower_to_int8",
     "named_quantizers",
+    "reconstruct",
+    "save_int8",
     "scale_bank",
     "set_scale_bank",
     "trace",

@@ -123,8 +123,11 @@ class TimestepObserver:
         low, high = values.aminmax()
         self.limits[index, 0] = torch.minimum(self.limits[index, 0], low)
         self.limits[index, 1] = torch.maximum(self.limits[index, 1], high)
-        moments = (len(values), values.sum(), values.dot(values), len(timesteps), timesteps.sum())
-        self.moments[index] += torch.tensor([float(m) for m in moments], dtype=torch.float64)
+        count = len(values)
+        variance, mean = (float(value) for value in torch.var_mean(values, correction=0))
+        sums = [count * mean, count * (variance + mean**2), float(timesteps.sum())]
+        moments = [count, sums[0], sums[1], len(timesteps), sums[2]]
+        self.moments[index] += torch.tensor(moments, dtype=torch.float64)
         # The smallest of n exponential keys are the first arrivals of a Poisson process of rate
         # n: no need to draw all n.
         draws = min(len(values), self.keys.shape[1])
