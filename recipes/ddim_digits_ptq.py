@@ -139,7 +139,7 @@ def run(config: PTQConfig) -> Path:
     scheduler = DDIMScheduler.from_pretrained(config.model, subfolder="scheduler")
     evaluator = _evaluator(config, unet, scheduler)
     data = _calibration_data(config, unet, scheduler)
-    model = prepare(unet, data_example(data), config.widths)
+    model = prepare(unet, (data.samples[:2], data.timesteps[:2]), config.widths)
     observations = _observe(model, data)
     for name in config.methods:
         if not state.table_path(name).exists():
@@ -155,14 +155,9 @@ def run(config: PTQConfig) -> Path:
     return write_results(config, state, model, observations, evaluator, unet)
 
 
-def data_example(data: CalibrationSet) -> tuple[Tensor, Tensor]:
-    """A batch for tracing."""
-    return data.samples[:2], data.timesteps[:2]
-
-
-def _evaluator(config: PTQConfig, unet: nn.Module, scheduler: DDIMScheduler) -> Evaluator:
+def _evaluator(config: PTQConfig, unet: UNet2DModel, scheduler: DDIMScheduler) -> Evaluator:
     generator = torch.Generator().manual_seed(config.evaluation.seed)
-    samples, shape = config.evaluation.samples, (1, config_size(unet), config_size(unet))
+    samples, shape = config.evaluation.samples, _shape(unet)
     noise = torch.randn(2 * samples, *shape, generator=generator)
     ordinary = scheduler_with(scheduler, config.steps)
 
@@ -184,22 +179,19 @@ def _evaluator(config: PTQConfig, unet: nn.Module, scheduler: DDIMScheduler) -> 
         noise=noise[:samples],
         images=images[:samples],
         other_images=images[samples:],
-        trajectory_noise=torch.randn(
-            config.evaluation.trajectories, *shape, generator=generator
-        ),
+        trajectory_noise=torch.randn(config.evaluation.trajectories, *shape, generator=generator),
         features=load_classifier().features,
-        data=load_digits(config_size(unet))[0],
+        data=load_digits(unet.config.sample_size)[0],
     )
 
 
-def config_size(unet: nn.Module) -> int:
-    """Height and width of the model's images."""
-    size: int = unet.config.sample_size
-    return size
+def _shape(unet: UNet2DModel) -> tuple[int, int, int]:
+    size = unet.config.sample_size
+    return unet.config.in_channels, size, size
 
 
 def _calibration_data(
-    config: PTQConfig, unet: nn.Module, scheduler: DDIMScheduler
+    config: PTQConfig, unet: UNet2DModel, scheduler: DDIMScheduler
 ) -> CalibrationSet:
     with tqdm(desc="calibration data", unit="call") as progress:
 
@@ -210,7 +202,7 @@ def _calibration_data(
         return collect_trajectories(
             lambda x, t: unet(x, t, return_dict=False)[0],
             scheduler_with(scheduler, config.steps),
-            (1, config_size(unet), config_size(unet)),
+            _shape(unet),
             **config.calibration.model_dump(),
             seed=config.seed,
             progress=show,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DModel
 from torch import Tensor, fx, nn
 from tqdm.auto import tqdm
 
@@ -37,7 +38,7 @@ def fake_model(state: RunState, model: fx.GraphModule, name: str) -> fx.GraphMod
     return model
 
 
-def save_model(config: Any, state: RunState, model: fx.GraphModule, unet: nn.Module) -> SizeBytes:
+def save_model(config: Any, state: RunState, model: fx.GraphModule, unet: UNet2DModel) -> SizeBytes:
     """Save the TDQ model as `model/`: the int8 model in `int8/`, its architecture in `unet/`."""
     folder = state.folder / "model"
     with atomic_folder(folder) as temporary:
@@ -49,7 +50,7 @@ def save_model(config: Any, state: RunState, model: fx.GraphModule, unet: nn.Mod
 
 
 def measure_latency(
-    config: Any, state: RunState, model: fx.GraphModule, unet: nn.Module
+    config: Any, state: RunState, model: fx.GraphModule, unet: UNet2DModel
 ) -> Latency:
     """Paired ratios to static int8, one image at a time, along the sampler's timesteps."""
     static, table = integer_model(state, model, "lsq"), integer_model(state, model, "tdq")
@@ -81,7 +82,7 @@ def _several_calls(module: nn.Module, timesteps: list[Tensor], x: Tensor) -> Any
     return call
 
 
-def _shape(unet: nn.Module) -> tuple[int, int, int]:
+def _shape(unet: UNet2DModel) -> tuple[int, int, int]:
     size = unet.config.sample_size
     return unet.config.in_channels, size, size
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from diffusers import UNet2DModel
+from torch import Tensor, fx
 
 import tdq_plugin as tdq
 from tdq_plugin.observe import Observation
@@ -31,7 +32,7 @@ def write_results(
     model: fx.GraphModule,
     observations: dict[str, Observation],
     evaluator: Evaluator,
-    unet: nn.Module,
+    unet: UNet2DModel,
 ) -> Path:
     """Save the integer model, time it, and write the report; return the run's folder."""
     sizes = save_model(config, state, model, unet)
