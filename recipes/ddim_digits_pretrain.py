@@ -17,6 +17,8 @@ from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_file, atomic_folder
 from tdq_plugin.recipes.config import RecipeConfig
 from tdq_plugin.recipes.digits import load_digits
+from tdq_plugin.recipes.sampling import sample, scheduler_with
+from tdq_plugin.study.figures import loss_curve, sample_grid
 
 __all__ = ["PretrainConfig", "run"]
 
@@ -112,7 +114,28 @@ def run(config: PretrainConfig) -> Path:
     training.average.copy_to(training.model.parameters())
     with atomic_folder(folder / "model") as temporary:
         DDIMPipeline(training.model, scheduler).save_pretrained(temporary)
+    _write_figures(training, scheduler, folder)
     return folder
+
+
+def _write_figures(training: Training, scheduler: DDIMScheduler, folder: Path) -> None:
+    channels, size = training.model.config.in_channels, training.model.config.sample_size
+    generator = torch.Generator().manual_seed(training.config.seed)
+    noise = torch.randn(64, channels, size, size, generator=generator)
+    model = training.model.eval()
+    images = sample(
+        lambda x, t: model(x, t, return_dict=False)[0], scheduler_with(scheduler, 20), noise
+    )
+    rows = {
+        f"samples {16 * row + 1} to {16 * row + 16}": images[16 * row :][:16] for row in range(4)
+    }
+    figures = {
+        "samples.png": sample_grid(rows, columns=16),
+        "loss.png": loss_curve(training.losses),
+    }
+    for name, png in figures.items():
+        with atomic_file(folder / name) as temporary:
+            temporary.write_bytes(png)
 
 
 def train_step(training: Training, images: Tensor, scheduler: DDIMScheduler) -> float:
