@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationInfo, field_validator
 from torch import Tensor, fx, nn
 from tqdm.auto import tqdm
 
 import tdq_plugin as tdq
+from tdq_plugin.errors import ConfigError
 from tdq_plugin.freeze import evaluate_table
 from tdq_plugin.observe import Observation
 from tdq_plugin.recipes.config import RecipeConfig
@@ -22,7 +23,7 @@ from tdq_plugin.recipes.ptq_quantize import Bits, apply_method, prepare, sampler
 from tdq_plugin.recipes.ptq_report import write_results
 from tdq_plugin.recipes.reference import cached_images
 from tdq_plugin.recipes.run_state import RunState
-from tdq_plugin.recipes.sampling import sample, scheduler_with
+from tdq_plugin.recipes.sampling import image_shape, sample, scheduler_with
 from tdq_plugin.reconstruct import (
     CalibrationSet,
     Granularity,
@@ -71,27 +72,37 @@ class PTQConfig(RecipeConfig):
 
     Attributes:
         bits: Bits of weights and activations, for example `W8A4`; the first and last layer keep 8.
-        steps: Steps of the DDIM sampler; calibration uses the same.
+        steps: Steps of the DDIM sampler; calibration uses the same. At most half of the process,
+            so that there are timesteps between them that calibration never saw.
         int8_methods: Rows of the report that run on integer kernels.
         fake_methods: Rows that run as fake quantization; a method may be in both.
         calibration: Where calibration data come from.
         reconstruction: How scales are trained.
-        learning_rates: Of each trained method.
+        learning_rates: Of each trained method; zero points learn ten times as fast.
         evaluation: What the methods are measured on.
         latency_rounds: Paired timings of the integer model.
         model: Folder of the float model, a saved diffusers pipeline.
     """
 
     bits: str = Field(pattern=r"^W[2-8]A[2-8]$")
-    steps: int = Field(ge=2, le=1000)
+    steps: int = Field(ge=2, le=500)
     int8_methods: list[str]
     fake_methods: list[str]
     calibration: CalibrationSection
     reconstruction: ReconstructionSection
-    learning_rates: dict[str, float]
+    learning_rates: dict[str, PositiveFloat]
     evaluation: EvaluationSection
-    latency_rounds: int = Field(gt=0)
+    latency_rounds: int = Field(ge=2)
     model: Path = MODEL
+
+    @field_validator("name")
+    @classmethod
+    def _can_be_filled_in(cls, name: str) -> str:
+        try:
+            name.format(bits="W8A4", steps=20, seed=0)
+        except (KeyError, IndexError, ValueError):
+            raise ValueError("only {bits}, {steps} and {seed} are filled in") from None
+        return name
 
     @field_validator("learning_rates", "int8_methods", "fake_methods")
     @classmethod
@@ -109,6 +120,27 @@ class PTQConfig(RecipeConfig):
             raise ValueError(f"{dynamic or names}: lsq and tdq are needed, dynamic has no table")
         return names
 
+    @field_validator("learning_rates")
+    @classmethod
+    def _cover_trained_methods(cls, rates: dict[str, float], info: ValidationInfo) -> Any:
+        used = {*info.data.get("int8_methods", []), *info.data.get("fake_methods", [])}
+        missing = [name for name in used if METHODS[name].trained and name not in rates]
+        if missing:
+            raise ValueError(f"{sorted(missing)} are trained and have no learning rate")
+        return rates
+
+    @field_validator("evaluation")
+    @classmethod
+    def _other_noise(cls, evaluation: EvaluationSection, info: ValidationInfo) -> Any:
+        if evaluation.seed == info.data.get("seed"):
+            raise ValueError("with the same seed, calibration would see the noise of the test")
+        return evaluation
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the results go; the name may contain `{bits}`, `{steps}` and `{seed}`."""
+        return self.output / self.name.format(bits=self.bits, steps=self.steps, seed=self.seed)
+
     @property
     def methods(self) -> list[str]:
         """All methods of the report, in the order of `METHODS`."""
@@ -120,8 +152,8 @@ class PTQConfig(RecipeConfig):
         return Bits(int(self.bits[1]), int(self.bits[3]))
 
     def training(self, method: str) -> ReconstructionConfig:
-        """How a method's scales are trained."""
-        rate = self.learning_rates.get(method, 3e-3)
+        """How a trained method's scales are trained."""
+        rate = self.learning_rates[method]
         return ReconstructionConfig(
             **self.reconstruction.model_dump(),
             learning_rate=rate,
@@ -134,9 +166,8 @@ def run(config: PTQConfig) -> Path:
     """Run or resume the recipe; return the folder with `report.html`, `report.json`, `model/`."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
+    unet, scheduler = _float_model(config.model)
     state = RunState(config.run_folder, config.model_dump(mode="json"))
-    unet = UNet2DModel.from_pretrained(config.model, subfolder="unet").eval()
-    scheduler = DDIMScheduler.from_pretrained(config.model, subfolder="scheduler")
     evaluator = _evaluator(config, unet, scheduler)
     data = _calibration_data(config, unet, scheduler)
     model = prepare(unet, (data.samples[:2], data.timesteps[:2]), config.widths)
@@ -155,11 +186,22 @@ def run(config: PTQConfig) -> Path:
     return write_results(config, state, model, observations, evaluator, unet)
 
 
+def _float_model(folder: Path) -> tuple[UNet2DModel, DDIMScheduler]:
+    if not (folder / "model_index.json").is_file():
+        raise ConfigError(
+            f"model = {folder} is no saved diffusers pipeline. Train one with "
+            "`tdq run ddim-digits-pretrain`, and pass its folder: model=."
+        )
+    unet = UNet2DModel.from_pretrained(folder, subfolder="unet").eval()
+    return unet, DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+
+
 def _evaluator(config: PTQConfig, unet: UNet2DModel, scheduler: DDIMScheduler) -> Evaluator:
     generator = torch.Generator().manual_seed(config.evaluation.seed)
-    samples, shape = config.evaluation.samples, _shape(unet)
+    samples, shape = config.evaluation.samples, image_shape(unet)
     noise = torch.randn(2 * samples, *shape, generator=generator)
     ordinary = scheduler_with(scheduler, config.steps)
+    halfway = scheduler.config.num_train_timesteps // (2 * config.steps)
 
     def denoiser(x: Tensor, t: Any) -> Tensor:
         predicted: Tensor = unet(x, t, return_dict=False)[0]
@@ -170,24 +212,21 @@ def _evaluator(config: PTQConfig, unet: UNet2DModel, scheduler: DDIMScheduler) -
             return sample(denoiser, ordinary, noise, advance=progress.update)
 
     key = f"{config.steps} steps, {samples} samples, seed {config.evaluation.seed}"
-    weights = config.model / "unet" / "diffusion_pytorch_model.safetensors"
-    images = cached_images(config.output / "float-images", key, weights, draw)
-    return Evaluator(
-        denoiser,
-        ordinary,
-        unseen=scheduler_with(scheduler, config.steps, offset=500 // config.steps),
-        noise=noise[:samples],
-        images=images[:samples],
-        other_images=images[samples:],
-        trajectory_noise=torch.randn(config.evaluation.trajectories, *shape, generator=generator),
-        features=load_classifier().features,
-        data=load_digits(unet.config.sample_size)[0],
-    )
-
-
-def _shape(unet: UNet2DModel) -> tuple[int, int, int]:
-    size = unet.config.sample_size
-    return unet.config.in_channels, size, size
+    images = cached_images(config.output / "float-images", key, config.model, draw)
+    trajectory_noise = torch.randn(config.evaluation.trajectories, *shape, generator=generator)
+    with tqdm(total=2 * config.steps, desc="float32: trajectories", unit="step") as progress:
+        return Evaluator(
+            denoiser,
+            ordinary,
+            unseen=scheduler_with(scheduler, config.steps, offset=halfway),
+            noise=noise[:samples],
+            images=images[:samples],
+            other_images=images[samples:],
+            trajectory_noise=trajectory_noise,
+            features=load_classifier().features,
+            data=load_digits(unet.config.sample_size)[0],
+            advance=progress.update,
+        )
 
 
 def _calibration_data(
@@ -202,7 +241,7 @@ def _calibration_data(
         return collect_trajectories(
             lambda x, t: unet(x, t, return_dict=False)[0],
             scheduler_with(scheduler, config.steps),
-            _shape(unet),
+            image_shape(unet),
             **config.calibration.model_dump(),
             seed=config.seed,
             progress=show,
@@ -224,9 +263,11 @@ def _train(
     data: CalibrationSet,
     scheduler: DDIMScheduler,
 ) -> TrainableBank:
-    method, training = METHODS[name], config.training(name)
+    method = METHODS[name]
+    training = config.training(name) if method.trained else None
     checkpoint = state.folder / "checkpoints" / f"{name}.safetensors"
-    with tqdm(total=0, desc=f"{method.title}: scales", unit="step") as progress:
+    title = f"{method.title}: scales"
+    with tqdm(desc=title, unit="step", disable=not method.trained) as progress:
 
         def show(now: Progress) -> None:
             progress.total = now.steps

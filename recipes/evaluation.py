@@ -50,6 +50,7 @@ class Evaluator:
         trajectory_noise: Starting noise of the trajectories.
         features: Feature network of the Fréchet distances.
         data: Real images.
+        advance: Called after each step of the two sets of trajectories, for a progress bar.
     """
 
     def __init__(
@@ -63,11 +64,12 @@ class Evaluator:
         trajectory_noise: Tensor,
         features: Callable[[Tensor], Tensor],
         data: Tensor,
+        advance: Callable[[], Any] | None = None,
     ) -> None:
         self.scheduler, self.unseen = scheduler, unseen
         self.noise, self.images, self.other_images = noise, images, other_images
-        self.seen_trajectories = record_trajectories(denoiser, scheduler, trajectory_noise)
-        self.unseen_trajectories = record_trajectories(denoiser, unseen, trajectory_noise)
+        self.seen_trajectories = record_trajectories(denoiser, scheduler, trajectory_noise, advance)
+        self.unseen_trajectories = record_trajectories(denoiser, unseen, trajectory_noise, advance)
         self.to_data = FrechetReference(features, data)
         self.to_float = FrechetReference(features, images)
 
@@ -95,11 +97,11 @@ class Evaluator:
         errors, step_errors = _errors(denoiser, self.scheduler, self.seen_trajectories)
         unseen, _ = _errors(denoiser, self.unseen, self.unseen_trajectories)
         images = sample(denoiser, self.scheduler, self.noise, advance=advance)
-        last = int(self.scheduler.timesteps[-1]) == 0
+        ends_at_zero = int(self.scheduler.timesteps[-1]) == 0
         metrics: dict[str, float | None] = {
-            "trajectory_mse": float(errors[:-1].mean() if last else errors.mean()),
+            "trajectory_mse": float(errors[:-1].mean() if ends_at_zero else errors.mean()),
             "trajectory_mse_unseen": float(unseen.mean()),
-            "t0_mse": float(errors[-1]) if last else None,
+            "t0_mse": float(errors[-1]) if ends_at_zero else None,
             "step_mse": float(step_errors.mean()),
             "pixel_mse": float(mse_loss(images, self.images)),
             "frechet_distance": self.to_data.distance(images),

@@ -50,7 +50,7 @@ METHODS = {
     "timestep_minmax": Method(
         "per-timestep MinMax",
         "One untrained scale per layer and sampler step that covers the values of that step.",
-        partial(LearnedTableBank, groups=20),
+        LearnedTableBank,
         ranges="minmax",
         warm_start=True,
     ),

@@ -45,7 +45,7 @@ def apply_method(
     method: Method,
     observations: dict[str, Observation],
     data: CalibrationSet,
-    config: ReconstructionConfig,
+    config: ReconstructionConfig | None = None,
     weighting: Callable[[Tensor], Tensor] | None = None,
     checkpoint: Path | None = None,
     progress: Callable[[Progress], None] | None = None,

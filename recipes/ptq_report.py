@@ -1,9 +1,12 @@
 """Turn the results of the PTQ recipe into the saved model, `report.json` and `report.html`."""
 
+import json
 import platform
+import shlex
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import UNet2DModel
@@ -12,6 +15,7 @@ from torch import Tensor, fx
 import tdq_plugin as tdq
 from tdq_plugin.observe import Observation
 from tdq_plugin.ranges import search_scale
+from tdq_plugin.recipes import find_recipe
 from tdq_plugin.recipes.evaluation import Evaluator, Result
 from tdq_plugin.recipes.ptq_deploy import measure_latency, save_model
 from tdq_plugin.recipes.ptq_methods import METHODS
@@ -20,14 +24,18 @@ from tdq_plugin.study import temporal_dynamics, write_report
 from tdq_plugin.study.figures import error_over_timesteps, sample_grid, scale_curves
 from tdq_plugin.study.schema import Report, ReportRow
 
+if TYPE_CHECKING:
+    from tdq_plugin.recipes.ddim_digits_ptq import PTQConfig
+
 __all__ = ["FEATURE_SPACE", "write_results"]
 
+RECIPE = "ddim-digits-ptq"
 FEATURE_SPACE = "64 features of the digit classifier in recipes/assets/digits-classifier"
 SHOWN = ("minmax", "lsq", "tdq")
 
 
 def write_results(
-    config: Any,
+    config: "PTQConfig",
     state: RunState,
     model: fx.GraphModule,
     observations: dict[str, Observation],
@@ -35,11 +43,10 @@ def write_results(
     unet: UNet2DModel,
 ) -> Path:
     """Save the integer model, time it, and write the report; return the run's folder."""
-    sizes = save_model(config, state, model, unet)
+    sizes = save_model(config, state, model, unet, evaluator.scheduler)
     report: Report = {
-        "recipe": "ddim-digits-ptq",
-        "command": f"tdq run ddim-digits-ptq bits={config.bits} steps={config.steps} "
-        f"seed={config.seed}",
+        "recipe": RECIPE,
+        "command": _command(config),
         "seed": config.seed,
         "bits": config.bits,
         "versions": _versions(),
@@ -54,12 +61,32 @@ def write_results(
     return state.folder
 
 
+def _command(config: "PTQConfig") -> str:
+    """The recipe with every setting that differs from its file, wherever the results go."""
+    usual = dict(_leaves(find_recipe(RECIPE).configure().model_dump(mode="json")))
+    chosen = _leaves(config.model_dump(mode="json", exclude={"output"}))
+    overrides = [f"{key}={_yaml(value)}" for key, value in chosen if usual.get(key) != value]
+    return shlex.join(["tdq", "run", RECIPE, *overrides])
+
+
+def _leaves(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _yaml(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def _versions() -> dict[str, str]:
     names = ("tdq-plugin", "torch", "diffusers", "torchmetrics")
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
-def _rows(config: Any, state: RunState, evaluator: Evaluator) -> list[ReportRow]:
+def _rows(config: "PTQConfig", state: RunState, evaluator: Evaluator) -> list[ReportRow]:
     common = {"samples": config.evaluation.samples, "feature_space": FEATURE_SPACE}
     rows: list[Any] = [
         {"method": "float32", "execution": "float32", **evaluator.float_metrics(), **common}
@@ -89,7 +116,7 @@ def _dynamics(observations: dict[str, Observation]) -> Any:
 
 
 def _figures(
-    config: Any, state: RunState, observations: dict[str, Observation], evaluator: Evaluator
+    config: "PTQConfig", state: RunState, observations: dict[str, Observation], evaluator: Evaluator
 ) -> dict[str, tuple[bytes, str]]:
     figures = {
         "Samples from the same noise": (
@@ -111,7 +138,7 @@ def _figures(
     return figures
 
 
-def _grid(config: Any, state: RunState, evaluator: Evaluator) -> bytes:
+def _grid(config: "PTQConfig", state: RunState, evaluator: Evaluator) -> bytes:
     rows: dict[str, Tensor] = {"float32": evaluator.images}
     for name in SHOWN:
         if name in config.methods:
@@ -119,7 +146,7 @@ def _grid(config: Any, state: RunState, evaluator: Evaluator) -> bytes:
     return sample_grid(rows, columns=16)
 
 
-def _errors(config: Any, state: RunState) -> bytes:
+def _errors(config: "PTQConfig", state: RunState) -> bytes:
     curves = {}
     for name in config.methods:
         result = _any_result(state, name)

@@ -12,17 +12,19 @@ from tdq_plugin.files import atomic_file
 __all__ = ["cached_images"]
 
 
-def cached_images(folder: Path, key: str, weights: Path, draw: Callable[[], Tensor]) -> Tensor:
+def cached_images(folder: Path, key: str, model: Path, draw: Callable[[], Tensor]) -> Tensor:
     """Load images, or draw and keep them.
 
     Args:
         folder: Where to keep them.
         key: What the images depend on besides the model.
-        weights: The model's weights; part of the key by their content.
+        model: Folder of the model; part of the key by the content of its files.
         draw: Draws the images, shape `(N, C, H, W)`.
     """
-    digest = hashlib.sha256(weights.read_bytes() + key.encode()).hexdigest()[:16]
-    path = folder / f"{digest}.safetensors"
+    digest = hashlib.sha256(key.encode())
+    for file in sorted(file for file in model.rglob("*") if file.is_file()):
+        digest.update(file.read_bytes())
+    path = folder / f"{digest.hexdigest()[:16]}.safetensors"
     if path.exists():
         return load_file(path)["images"]
     images = draw()

@@ -5,10 +5,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DModel
 from torch import Tensor
 
-__all__ = ["Denoiser", "Trajectories", "record_trajectories", "sample", "scheduler_with"]
+__all__ = [
+    "Denoiser",
+    "Trajectories",
+    "image_shape",
+    "record_trajectories",
+    "sample",
+    "scheduler_with",
+]
 
 Denoiser = Callable[[Tensor, Any], Tensor]
 
@@ -28,6 +35,11 @@ class Trajectories:
     inputs: Tensor
     noise: Tensor
     outputs: Tensor
+
+
+def image_shape(model: UNet2DModel) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a model denoises."""
+    return model.config.in_channels, model.config.sample_size, model.config.sample_size
 
 
 def scheduler_with(scheduler: DDIMScheduler, steps: int, offset: int = 0) -> DDIMScheduler:
@@ -59,9 +71,12 @@ def sample(
 
 @torch.no_grad()
 def record_trajectories(
-    denoiser: Denoiser, scheduler: DDIMScheduler, noise: Tensor
+    denoiser: Denoiser,
+    scheduler: DDIMScheduler,
+    noise: Tensor,
+    advance: Callable[[], Any] | None = None,
 ) -> Trajectories:
-    """Sample and keep every step."""
+    """Sample and keep every step; `advance` is called after each."""
     inputs, predicted, outputs = [], [], []
     current = noise
     for timestep in scheduler.timesteps:
@@ -69,5 +84,7 @@ def record_trajectories(
         predicted.append(denoiser(current, timestep))
         current = scheduler.step(predicted[-1], timestep, current).prev_sample
         outputs.append(current)
+        if advance is not None:
+            advance()
     stacked = (torch.stack(values) for values in (inputs, predicted, outputs))
     return Trajectories(scheduler.timesteps.clone(), *stacked)

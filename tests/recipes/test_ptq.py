@@ -1,0 +1,311 @@
+"""The PTQ recipe from configuration to report, on a tiny DDIM with random weights."""
+
+import functools
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+import tdq_plugin as tdq
+from tdq_plugin.deploy import load_int8, lower_to_int8
+from tdq_plugin.errors import ConfigError, LookupRuleError
+from tdq_plugin.recipes import ddim_digits_ptq, evaluation, find_recipe, ptq_deploy
+from tdq_plugin.recipes.digits import load_digits
+from tdq_plugin.recipes.evaluation import Evaluator
+from tdq_plugin.recipes.ptq_methods import METHODS
+from tdq_plugin.recipes.ptq_quantize import Bits, prepare
+from tdq_plugin.recipes.sampling import image_shape, sample, scheduler_with
+from tdq_plugin.study.schema import METRICS, validate_report
+
+INT8, FAKE = ["minmax", "lsq", "tdq"], ["lsq", "tdq", "dynamic"]
+SMALL = [
+    "threads=1",
+    "bits=W4A8",
+    "steps=4",
+    f"int8_methods=[{', '.join(INT8)}]",
+    f"fake_methods=[{', '.join(FAKE)}]",
+    "calibration.images=4",
+    "reconstruction.iterations=2",
+    "reconstruction.batch_size=4",
+    "evaluation.samples=100",
+    "evaluation.trajectories=16",
+    "latency_rounds=2",
+]
+SEEN, UNSEEN = [0, 250, 500, 750], [125, 375, 625, 875]
+PTQ = find_recipe("ddim-digits-ptq")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def digits_are_read_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ddim_digits_ptq, "load_digits", functools.cache(load_digits))
+        yield
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=16,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=8,
+        resnet_time_scale_shift="scale_shift",
+    )
+    folder = tmp_path_factory.mktemp("float") / "pipeline"
+    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def overrides(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return [*SMALL, f"model={pipeline}", f"output={tmp_path_factory.mktemp('runs')}"]
+
+
+@pytest.fixture(scope="module")
+def finished(overrides: list[str]) -> Path:
+    return PTQ.run(PTQ.configure(overrides))
+
+
+@pytest.fixture(scope="module")
+def report(finished: Path) -> dict[str, Any]:
+    return json.loads((finished / "report.json").read_text())
+
+
+def float_unet(pipeline: Path) -> UNet2DModel:
+    return UNet2DModel.from_pretrained(pipeline, subfolder="unet").eval()
+
+
+def test_the_report_has_a_row_for_every_method_and_execution(report: dict[str, Any]) -> None:
+    validate_report(report)
+    rows = {(row["method"], row["execution"]) for row in report["rows"]}
+    expected = {(METHODS[name].title, "int8") for name in INT8}
+    expected |= {(METHODS[name].title, "fake") for name in FAKE}
+    assert rows == expected | {("float32", "float32")}
+    assert len(report["rows"]) == len(rows)
+    assert set(report["methods"]) == {METHODS[name].title for name in (*INT8, *FAKE)}
+    for row in report["rows"][1:]:
+        assert row["samples"] == 100
+        assert "digit classifier" in row["feature_space"]
+        assert all(row[metric] > 0 for metric in METRICS)
+
+
+def test_the_report_tells_where_its_numbers_come_from(report: dict[str, Any]) -> None:
+    assert (report["recipe"], report["seed"], report["bits"]) == ("ddim-digits-ptq", 0, "W4A8")
+    assert {"python", "torch", "diffusers", "tdq-plugin"} <= set(report["versions"])
+    assert report["noise_floor"]["frechet_distance_to_float"] > 0
+    dynamics = report["temporal_dynamics"]
+    assert dynamics["timesteps"] == 4
+    assert len(dynamics["std_ratio"]["per_layer"]) == dynamics["layers"]
+    assert dynamics["std_ratio"]["median"] >= 1
+
+
+def test_the_command_of_the_report_gives_the_same_configuration(
+    report: dict[str, Any], overrides: list[str]
+) -> None:
+    program, verb, name, *repeated = shlex.split(report["command"])
+    assert (program, verb) == ("tdq", "run")
+    again = find_recipe(name).configure([*repeated, overrides[-1]])
+    assert again == PTQ.configure(overrides)
+
+
+def test_latency_is_relative_to_static_int8(report: dict[str, Any]) -> None:
+    latency = report["latency"]
+    assert latency["static_int8"] == 1.0
+    assert min(latency[name] for name in ("float32", "tdq_int8", "dynamic_int8")) > 0
+    assert latency["unit"] == "ratio to static_int8, median of paired runs"
+
+
+def test_size_is_that_of_the_saved_model(
+    report: dict[str, Any], finished: Path, pipeline: Path
+) -> None:
+    saved = [file.stat().st_size for file in (finished / "model").rglob("*") if file.is_file()]
+    parameters = sum(p.numel() for p in float_unet(pipeline).parameters())
+    assert report["size_bytes"] == {"float32": 4 * parameters, "int8": sum(saved)}
+
+
+def test_the_page_needs_no_other_file(finished: Path) -> None:
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    references = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", page)
+    assert len(references) >= 3
+    assert all(reference.startswith(("data:", "#")) for reference in references)
+    assert not re.search(r"<link|<script|url\(|@import", page)
+
+
+@pytest.mark.parametrize("name", ["lsq", "tdq"])
+def test_int8_and_fake_quantization_agree(report: dict[str, Any], name: str) -> None:
+    int8, fake = (
+        next(
+            row
+            for row in report["rows"]
+            if (row["method"], row["execution"]) == (METHODS[name].title, execution)
+        )
+        for execution in ("int8", "fake")
+    )
+    # Not equal: where float rounding moves one activation to the next code, an image's output
+    # changes by about 1 %. The mean over 16 images and several timesteps evens this out.
+    for metric in ("trajectory_mse", "trajectory_mse_unseen"):
+        assert int8[metric] == pytest.approx(fake[metric], rel=0.01)
+
+
+def test_the_saved_model_is_the_lowered_one(finished: Path, pipeline: Path) -> None:
+    unet = float_unet(pipeline)
+    x, t = torch.randn(3, *image_shape(unet)), torch.tensor([0, 250, 750])
+    prepared = prepare(unet, (x, t), Bits(4, 8))
+    tdq.load_scales(prepared, tdq.load_table(finished / "tables" / "tdq.safetensors"))
+    lowered = lower_to_int8(prepared)
+    folder = finished / "model"
+    fresh = UNet2DModel.from_config(UNet2DModel.load_config(folder / "unet"))
+    loaded = load_int8(folder / "int8", fresh, (x, t))
+    with torch.no_grad():
+        assert torch.equal(loaded(x, t), lowered(x, t))
+        for timestep in SEEN:
+            assert torch.equal(loaded(x, timestep), lowered(x, timestep))
+
+
+def test_the_saved_model_has_the_timesteps_of_its_sampler(finished: Path) -> None:
+    evaluated = tdq.load_table(finished / "tables" / "tdq.safetensors")
+    assert evaluated.timesteps.tolist() == sorted(SEEN + UNSEEN)
+    folder = finished / "model"
+    fresh = UNet2DModel.from_config(UNet2DModel.load_config(folder / "unet"))
+    x = torch.randn(2, *image_shape(fresh))
+    model = load_int8(folder / "int8", fresh, (x, torch.tensor([0, 250])))
+    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+    assert sample(model, scheduler_with(scheduler, 4), x).isfinite().all()
+    with torch.no_grad(), pytest.raises(LookupRuleError, match="125"):
+        model(x, 125)
+
+
+def test_an_interrupted_run_goes_on(
+    overrides: list[str], report: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = PTQ.configure([*overrides, "name=interrupted"])
+    with monkeypatch.context() as patch:
+        trained = count_calls(patch, ddim_digits_ptq, "apply_method", interrupt_at=3)
+        with pytest.raises(KeyboardInterrupt):
+            PTQ.run(config)
+    assert [call[1].title for call in trained] == ["MinMax", "static LSQ", "TDQ"]
+    with monkeypatch.context() as patch:
+        trained = count_calls(patch, ddim_digits_ptq, "apply_method")
+        count_calls(patch, evaluation, "sample", interrupt_at=5)
+        with pytest.raises(KeyboardInterrupt):
+            PTQ.run(config)
+    assert [call[1].title for call in trained] == ["TDQ", "dynamic"]
+    with monkeypatch.context() as patch:
+        trained = count_calls(patch, ddim_digits_ptq, "apply_method")
+        drawn = count_calls(patch, evaluation, "sample")
+        folder = PTQ.run(config)
+    assert (len(trained), len(drawn)) == (0, 2)
+    assert json.loads((folder / "report.json").read_text())["rows"] == report["rows"]
+
+
+def count_calls(
+    patch: pytest.MonkeyPatch, module: Any, name: str, interrupt_at: int | None = None
+) -> list[tuple[Any, ...]]:
+    """Note the arguments of a function's calls, and interrupt one of them, counted from 1."""
+    calls: list[tuple[Any, ...]] = []
+    original = getattr(module, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == interrupt_at:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    patch.setattr(module, name, counted)
+    return calls
+
+
+def test_a_kill_while_saving_leaves_the_rows(
+    finished: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    count_calls(monkeypatch, ptq_deploy, "save_int8", interrupt_at=1)
+    with pytest.raises(KeyboardInterrupt):
+        PTQ.run(PTQ.configure(overrides))
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_folder_belongs_to_one_configuration(finished: Path, overrides: list[str]) -> None:
+    other = PTQ.configure([*overrides, f"name={finished.name}", "reconstruction.iterations=3"])
+    with pytest.raises(ConfigError, match=r"holds a run with other settings: .*'iterations': 2"):
+        PTQ.run(other)
+
+
+def test_the_float_model_has_no_error(pipeline: Path) -> None:
+    unet, scheduler = float_unet(pipeline), DDIMScheduler()
+    noise = torch.randn(8, *image_shape(unet), generator=torch.Generator().manual_seed(0))
+
+    def denoiser(x: torch.Tensor, t: Any) -> torch.Tensor:
+        return unet(x, t, return_dict=False)[0]
+
+    ordinary = scheduler_with(scheduler, 4)
+    images = sample(denoiser, ordinary, noise, batch_size=8)
+    evaluator = Evaluator(
+        denoiser,
+        ordinary,
+        scheduler_with(scheduler, 4, offset=125),
+        noise=noise,
+        images=images,
+        other_images=-images,
+        trajectory_noise=noise[:2],
+        features=lambda batch: batch.flatten(1)[:, :4],
+        data=noise,
+    )
+    assert evaluator.seen_trajectories.timesteps.tolist() == SEEN[::-1]
+    assert evaluator.unseen_trajectories.timesteps.tolist() == UNSEEN[::-1]
+    result = evaluator.evaluate(denoiser)
+    assert result.timesteps == SEEN[::-1]
+    errors = [metric for metric in METRICS if not metric.startswith("frechet")]
+    assert {result.metrics[metric] for metric in errors} == {0.0}
+    wrong = evaluator.evaluate(lambda x, t: denoiser(x, t) + (t == 0))
+    assert wrong.metrics["t0_mse"] == pytest.approx(1.0)
+    assert wrong.metrics["trajectory_mse"] == 0.0
+
+
+def test_bits_and_steps_can_be_chosen() -> None:
+    config = PTQ.configure(["bits=W4A4", "steps=50"])
+    assert (config.widths, config.steps) == (Bits(4, 4), 50)
+    assert config.run_folder == Path("runs/ddim-digits-ptq-W4A4-50steps-seed0")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("bits=W9A9", r"^bits = 'W9A9': String should match pattern"),
+        ("steps=501", r"^steps = 501: Input should be less than or equal to 500"),
+        ("latency_rounds=1", r"^latency_rounds = 1: Input should be greater than or equal to 2"),
+        ("name=x-{draw}", r"^name = 'x-\{draw\}': .*only \{bits\}, \{steps\} and \{seed\}"),
+        ("int8_methods=[tdq, tdk]", r"^int8_methods = .*\['tdk'\] are no methods; choose .*'lsq'"),
+        ("fake_methods=[tdk]", r"^fake_methods = \['tdk'\]: .*are no methods"),
+        ("learning_rates.tdk=1", r"^learning_rates = .*\['tdk'\] are no methods"),
+        ("learning_rates.tdq=0", r"^learning_rates\.tdq = 0: Input should be greater than 0"),
+        ("learning_rates={lsq: 1}", r"^learning_rates = .*'tdq'.* have no learning rate"),
+        ("int8_methods=[lsq]", r"^int8_methods = \['lsq'\]: .*lsq and tdq are needed"),
+        ("int8_methods=[lsq, tdq, dynamic]", r"^int8_methods = .*dynamic has no table"),
+        ("calibration.images=0", r"^calibration\.images = 0: Input should be greater than 0"),
+        ("reconstruction.granularity=x", r"^reconstruction\.granularity = 'x': Input should be"),
+        ("evaluation.seed=0", r"^evaluation = .*calibration would see the noise of the test"),
+    ],
+)
+def test_mistakes_in_the_configuration(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PTQ.configure([override])
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    config = PTQ.configure([f"model={tmp_path / 'none'}", f"output={tmp_path / 'runs'}"])
+    with pytest.raises(ConfigError, match=r"none is no saved diffusers pipeline\. Train one with"):
+        PTQ.run(config)
+    assert not config.run_folder.exists()
