@@ -1,7 +1,7 @@
 """Recipe configurations: a pydantic model, a YAML file, and `key=value` overrides."""
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -79,8 +79,14 @@ def _explain(schema: type[BaseModel], error: ValidationError) -> str:
     for problem in error.errors():
         path = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            known = ", ".join(sorted(schema.model_fields))
+            known = ", ".join(sorted(_section(schema, problem["loc"][:-1]).model_fields))
             lines.append(f"Unknown key {path!r}. Known keys: {known}.")
         else:
             lines.append(f"{path} = {problem['input']!r}: {problem['msg']}.")
     return "\n".join(lines)
+
+
+def _section(schema: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel]:
+    for name in path:
+        schema = cast(type[BaseModel], schema.model_fields[name].annotation)
+    return schema

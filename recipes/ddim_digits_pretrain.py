@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ def run(config: PretrainConfig) -> Path:
         training.step += 1
         progress.update()
         if training.step % config.checkpoint_every == 0:
-            progress.set_postfix(loss=f"{sum(training.losses[-500:]) / 500:.4f}")
+            progress.set_postfix(loss=f"{mean(training.losses[-500:]):.4f}")
             training.save(checkpoint)
     training.average.copy_to(training.model.parameters())
     with atomic_folder(folder / "model") as temporary:

@@ -67,6 +67,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         temporary.chmod(0o777 & ~_umask())
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(0o666 & ~_umask())
                 _flush_to_disk(file)
         previous = _previous(path)
         if path.exists():
