@@ -6,7 +6,8 @@ from tdq_plugin.reconstruct.collect import (
     TimestepDistribution,
     collect_trajectories,
 )
-from tdq_plugin.reconstruct.reconstruct import Progress, ReconstructionConfig, reconstruct
+from tdq_plugin.reconstruct.config import ReconstructionConfig
+from tdq_plugin.reconstruct.reconstruct import Progress, reconstruct
 
 __all__ = [
     "Block",

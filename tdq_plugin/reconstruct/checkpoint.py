@@ -10,21 +10,29 @@ from safetensors.torch import save_file
 
 from tdq_plugin.errors import ConfigError, TableFormatError
 from tdq_plugin.files import atomic_file
+from tdq_plugin.reconstruct.rounded_layers import RoundedLayers
 from tdq_plugin.scales.bank import ScaleBank
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
+_ROUNDING = "rounding:"
 
-def save_checkpoint(path: Path, bank: ScaleBank, config: Any, losses: list[float]) -> None:
-    """Write the bank and the losses of the finished blocks, atomically."""
+
+def save_checkpoint(
+    path: Path, bank: ScaleBank, rounded: RoundedLayers, config: Any, losses: list[float]
+) -> None:
+    """Write the bank, and roundings and losses of the finished blocks, atomically."""
     metadata = {"config": json.dumps(asdict(config)), "losses": json.dumps(losses)}
-    tensors = {name: tensor.contiguous() for name, tensor in bank.state_dict().items()}
+    state = bank.state_dict() | {_ROUNDING + k: v for k, v in rounded.state_dict().items()}
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     with atomic_file(path) as temporary:
         save_file(tensors, temporary, metadata)
 
 
-def load_checkpoint(path: Path, bank: ScaleBank, config: Any) -> list[float]:
-    """Restore the bank if there is a checkpoint; return the losses of the finished blocks.
+def load_checkpoint(
+    path: Path, bank: ScaleBank, rounded: RoundedLayers, config: Any
+) -> list[float]:
+    """Restore bank and roundings if there is a checkpoint; return the finished blocks' losses.
 
     Raises:
         ConfigError: The checkpoint was written with another configuration.
@@ -43,6 +51,9 @@ def load_checkpoint(path: Path, bank: ScaleBank, config: Any) -> list[float]:
             f"{path} was written with another configuration: {metadata.get('config')}. "
             "Remove it, or choose another file."
         )
-    bank.load_state_dict(state)
+    bank.load_state_dict({k: v for k, v in state.items() if not k.startswith(_ROUNDING)})
+    rounded.load_state_dict(
+        {k.removeprefix(_ROUNDING): v for k, v in state.items() if k.startswith(_ROUNDING)}
+    )
     losses: list[float] = json.loads(metadata["losses"])
     return losses

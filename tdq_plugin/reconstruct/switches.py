@@ -1,6 +1,6 @@
 """Switch quantizers off and gradients off for a while."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -31,9 +31,9 @@ def quantization(model: nn.Module, enabled: bool) -> Iterator[None]:
 
 
 @contextmanager
-def only_trainable(model: nn.Module, part: nn.Module) -> Iterator[None]:
-    """Within the block, only the parameters of `part` require a gradient."""
-    wanted = set(part.parameters())
+def only_trainable(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within the block, only these parameters of the model require a gradient."""
+    wanted = set(parameters)
     before = {p: p.requires_grad for p in model.parameters()}
     try:
         for parameter in before:

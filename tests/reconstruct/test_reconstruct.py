@@ -1,68 +1,26 @@
-import copy
-
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
-from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
 import tdq_plugin as tdq
-from tdq_plugin.adapters.torch_ao import tdq_backend_config, tdq_qconfig_mapping
 from tdq_plugin.errors import AdapterError, CalibrationError, ConfigError, TableFormatError
-from tdq_plugin.graph import copy_module_paths
 from tdq_plugin.reconstruct import (
     CalibrationSet,
     ReconstructionConfig,
-    collect_trajectories,
     find_blocks,
     reconstruct,
 )
 from tdq_plugin.reconstruct.blocks import run_block
 from tdq_plugin.reconstruct.stream import Stream
 
-EXAMPLE = (torch.randn(2, 1, 8, 8), torch.tensor([3, 400]))
-
 
 @pytest.fixture(scope="module")
-def unet():
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=4,
-        resnet_time_scale_shift="scale_shift",
-    ).eval()
-
-
-@pytest.fixture(scope="module")
-def data(unet):
-    scheduler = DDIMScheduler()
-    scheduler.set_timesteps(5)
-    return collect_trajectories(unet, scheduler, (1, 8, 8), images=8)
-
-
-@pytest.fixture(scope="module")
-def calibrated(unet, data):
-    graph = tdq.trace(copy.deepcopy(unet), EXAMPLE)
-    mapping = tdq_qconfig_mapping(graph, activation_bits=3)
-    prepared = prepare_qat_fx(graph, mapping, EXAMPLE, backend_config=tdq_backend_config())
-    copy_module_paths(graph.graph, prepared.graph)
-    tdq.attach(prepared).eval()
-    tdq.calibrate(prepared, data.batches(8), warm_start=False, samples=64)
-    return prepared
+def template(calibrated):
+    return calibrated(activation_bits=3, weight_bits=8)
 
 
 @pytest.fixture
-def model(calibrated):
-    fresh = copy.deepcopy(calibrated)
-    for new, old in zip(fresh.graph.nodes, calibrated.graph.nodes, strict=True):
-        new.meta["module_path"] = old.meta.get("module_path")
-    return fresh
+def model(template, clone):
+    return clone(template)
 
 
 def test_blocks_follow_the_modules(model):
@@ -131,11 +89,9 @@ def test_training_lowers_the_error_and_touches_only_the_bank(model, data, granul
     assert steps[-1].step == steps[-1].steps == len(steps)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_result(model, data, tmp_path):
+def test_an_interrupted_run_goes_on_to_the_same_result(model, clone, data, tmp_path):
     config = ReconstructionConfig("block", iterations=3, batch_size=8)
-    twin = copy.deepcopy(model)
-    for new, old in zip(twin.graph.nodes, model.graph.nodes, strict=True):
-        new.meta["module_path"] = old.meta.get("module_path")
+    twin = clone(model)
     reconstruct(model, data, config)
 
     def interrupt(progress):
