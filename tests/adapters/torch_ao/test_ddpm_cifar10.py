@@ -1,0 +1,47 @@
+"""The whole flow on the architecture of google/ddpm-cifar10-32, with random weights."""
+
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+import tdq_plugin as tdq
+from tdq_plugin.adapters.torch_ao import tdq_backend_config, tdq_qconfig_mapping
+
+
+def test_prepare_attach_qat_step_freeze_and_int8():
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=32,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=2,
+        block_out_channels=(128, 256, 256, 256),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        norm_eps=1e-6,
+    )
+    example = (torch.randn(2, 3, 32, 32), torch.tensor([20, 800]))
+    graph = tdq.trace(unet, example)
+    mapping = tdq_qconfig_mapping(graph, activation_bits=8, weight_bits=8)
+    model = prepare_qat_fx(graph.train(), mapping, example, backend_config=tdq_backend_config())
+    tdq.attach(model)
+    tdq.calibrate(model, [example], samples=64, warm_start=False)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    before = {name: value.detach().clone() for name, value in model.scale_bank.named_parameters()}
+    model(*example).square().mean().backward()
+    optimizer.step()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert not torch.equal(model.scale_bank.biases[-1], before["biases.3"])
+
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(10)
+    tdq.freeze(model.eval(), scheduler)
+    int8 = tdq.lower_to_int8(model)
+    timesteps = scheduler.timesteps[:2]
+    with torch.no_grad():
+        fake, integer = (m(example[0], timesteps) for m in (model, int8))
+    assert (integer - fake).norm() < 0.2 * fake.norm()
