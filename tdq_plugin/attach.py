@@ -11,6 +11,7 @@ from tdq_plugin.quantizer import ActivationQuantizer
 from tdq_plugin.registry import adapter_for
 from tdq_plugin.scales.bank import ScaleBank, TrainableBank
 from tdq_plugin.scales.generator import GeneratorBank
+from tdq_plugin.table import check_names
 
 __all__ = ["attach", "named_quantizers", "scale_bank", "set_scale_bank"]
 
@@ -73,8 +74,6 @@ def set_scale_bank(model: nn.Module, bank: ScaleBank) -> None:
     Raises:
         TableMismatchError: The quantizers' names differ.
     """
-    from tdq_plugin.freeze import check_names
-
     check_names(expected=scale_bank(model).names, given=bank.names)
     model.scale_bank = bank.to(scale_bank(model).device)
 

@@ -10,9 +10,9 @@ from tdq_plugin.attach import scale_bank
 from tdq_plugin.errors import AdapterError, TableMismatchError, TimestepError
 from tdq_plugin.scales.bank import ScaleBank, TrainableBank
 from tdq_plugin.scales.frozen import FrozenBank, Lookup
-from tdq_plugin.table import ScaleTable, timesteps_tensor
+from tdq_plugin.table import ScaleTable, check_names, timesteps_tensor
 
-__all__ = ["check_names", "evaluate_table", "freeze", "load_scales", "resolve_timesteps"]
+__all__ = ["evaluate_table", "freeze", "load_scales", "resolve_timesteps"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -95,19 +95,6 @@ def load_scales(model: Model, table: ScaleTable, lookup: Lookup = "exact") -> Mo
     ordered = _reorder(table, bank.names)
     model.scale_bank = FrozenBank(ordered, lookup).to(bank.device)
     return model
-
-
-def check_names(expected: Sequence[str], given: Sequence[str]) -> None:
-    """Raise `TableMismatchError` unless both hold the same names, in any order."""
-    missing = [name for name in expected if name not in set(given)]
-    unknown = [name for name in given if name not in set(expected)]
-    if missing or unknown:
-        raise TableMismatchError(
-            f"The scales belong to other layers: {len(missing)} of the model's "
-            f"{len(expected)} quantizers are missing (first: {missing[:3]}), "
-            f"{len(unknown)} are unknown (first: {unknown[:3]}). "
-            "Use the table that was made from this model."
-        )
 
 
 def _reorder(table: ScaleTable, names: Sequence[str]) -> ScaleTable:

@@ -1,7 +1,7 @@
 """The scale table: what `freeze` makes and what is saved. One safetensors file with metadata."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tdq_plugin.errors import ScaleError, TableFormatError
+from tdq_plugin.errors import ScaleError, TableFormatError, TableMismatchError
 from tdq_plugin.files import atomic_file
 from tdq_plugin.grid import QuantizationGrid
 
-__all__ = ["FORMAT_VERSION", "ScaleTable", "load_table"]
+__all__ = ["FORMAT_VERSION", "ScaleTable", "check_names", "load_table"]
 
 FORMAT_VERSION = 1
 _TENSORS = ("timesteps", "scales", "zero_points")
@@ -135,6 +135,19 @@ def _check_format(path: str | Path, metadata: dict[str, str]) -> None:
 def _grids(text: str) -> dict[str, QuantizationGrid]:
     entries: dict[str, Any] = json.loads(text)
     return {name: QuantizationGrid(*entry) for name, entry in entries.items()}
+
+
+def check_names(expected: Sequence[str], given: Sequence[str]) -> None:
+    """Raise `TableMismatchError` unless both hold the same names, in any order."""
+    missing = [name for name in expected if name not in set(given)]
+    unknown = [name for name in given if name not in set(expected)]
+    if missing or unknown:
+        raise TableMismatchError(
+            f"The scales belong to other layers: {len(missing)} of the model's "
+            f"{len(expected)} quantizers are missing (first: {missing[:3]}), "
+            f"{len(unknown)} are unknown (first: {unknown[:3]}). "
+            "Use the table that was made from this model."
+        )
 
 
 def timesteps_tensor(values: list[float]) -> Tensor:

@@ -7,8 +7,9 @@ from torch import nn
 
 import tdq_plugin as tdq
 from tdq_plugin.errors import AdapterError, TableMismatchError, TimestepError
-from tdq_plugin.freeze import check_names, evaluate_table, resolve_timesteps
+from tdq_plugin.freeze import evaluate_table, resolve_timesteps
 from tdq_plugin.grid import activation_grid
+from tdq_plugin.table import check_names
 
 GRIDS = {"first": activation_grid(4), "second": activation_grid(8)}
 
