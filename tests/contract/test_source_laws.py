@@ -38,7 +38,7 @@ def test_files_are_written_atomically(path):
 
 
 def test_import_is_light():
-    code = "import sys, tdq_plugin; print(*sys.modules)"
+    code = "import sys, tdq_plugin.api; print(*sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
