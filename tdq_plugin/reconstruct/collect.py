@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tdq_plugin.errors import CalibrationError
 
-__all__ = ["CalibrationSet", "TimestepDistribution", "collect_trajectories"]
+__all__ = ["CalibrationSet", "TimestepDistribution", "collect_trajectories", "first_tensor"]
 
 TimestepDistribution = Literal["uniform", "normal"]
 
@@ -78,8 +78,7 @@ def collect_trajectories(
         samples = torch.randn(size, *sample_shape, generator=generator)
         for index, timestep in enumerate(steps):
             kept[index].append(samples)
-            noise = model(samples, timestep)
-            noise = noise if isinstance(noise, Tensor) else noise[0]
+            noise = first_tensor(model(samples, timestep))
             samples = scheduler.step(noise, timestep, samples).prev_sample
             if progress is not None:
                 progress(batch_index * len(steps) + index + 1, len(batches) * len(steps))
@@ -89,6 +88,12 @@ def collect_trajectories(
     ]
     timesteps = [torch.full((len(c),), float(t)) for c, t in zip(chosen, steps, strict=True)]
     return CalibrationSet(torch.cat(chosen), torch.cat(timesteps))
+
+
+def first_tensor(output: Any) -> Tensor:
+    """What a denoiser predicts: its output, or the first of several."""
+    tensor: Tensor = output if isinstance(output, Tensor) else output[0]
+    return tensor
 
 
 def _counts(

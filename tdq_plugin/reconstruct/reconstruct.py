@@ -1,4 +1,4 @@
-"""PTQ: train scales so that each block gives the float model's output (BRECQ style)."""
+"""PTQ: train scales so that the model, or each block of it, gives the float model's output."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,14 +8,15 @@ from torch import Tensor, fx, nn
 
 from tdq_plugin.attach import named_quantizers, scale_bank
 from tdq_plugin.errors import AdapterError
-from tdq_plugin.reconstruct.blocks import Block, find_blocks
+from tdq_plugin.reconstruct.blocks import Block, find_blocks, run_block
 from tdq_plugin.reconstruct.checkpoint import load_checkpoint, save_checkpoint
 from tdq_plugin.reconstruct.collect import CalibrationSet
 from tdq_plugin.reconstruct.config import ReconstructionConfig
 from tdq_plugin.reconstruct.rounded_layers import RoundedLayers
 from tdq_plugin.reconstruct.stream import Stream
 from tdq_plugin.reconstruct.switches import quantization
-from tdq_plugin.reconstruct.train import train_block
+from tdq_plugin.reconstruct.train import Objective, train_scales
+from tdq_plugin.reconstruct.whole_model import Denoiser, whole_model_objective
 from tdq_plugin.scales.bank import TrainableBank
 
 __all__ = ["Progress", "reconstruct"]
@@ -32,46 +33,79 @@ class Progress:
 
 
 def reconstruct(
-    model: fx.GraphModule,
+    model: nn.Module,
     data: CalibrationSet,
     config: ReconstructionConfig | None = None,
     weighting: Callable[[Tensor], Tensor] | None = None,
     checkpoint: Path | None = None,
     progress: Callable[[Progress], None] | None = None,
+    reference: Denoiser | None = None,
 ) -> list[float]:
     """Train the model's scale bank on calibration data; in place.
 
-    Weights stay as they are, unless `config.learn_rounding` has their rounding learned too. They
+    A traced graph can be trained block by block, as BRECQ does (arXiv 2102.05426); any other
+    model is trained on its output. Weights stay as they are, unless `config.learn_rounding` has their rounding learned too. They
     then become multiples of their scales; after an error they are as before.
 
     Args:
-        model: An attached and calibrated graph.
+        model: An attached and calibrated model.
         data: Inputs of the model.
         config: How to train.
         weighting: From timesteps `(B,)` to weights of the samples' errors `(B,)`; by default 1.
         checkpoint: File that is written after each block; a later call with the same arguments
             continues after the last block in it.
         progress: Called after each step.
+        reference: The float model, for a model that is not a traced graph. Without it, the
+            model itself with its activations in float, which keeps a framework's own weight
+            quantizers.
 
     Returns:
         The last loss of each block that has quantizers.
 
     Raises:
-        AdapterError: The model is not a graph, its bank is frozen, or its rounding shall be
-            learned and it has no weight quantizers.
+        AdapterError: The model's bank is frozen, it is no graph and shall be trained by blocks,
+            or its rounding shall be learned and it has no weight quantizers.
         CalibrationError: The loss is not finite.
     """
     config = config or ReconstructionConfig()
     bank = scale_bank(model)
-    if not isinstance(bank, TrainableBank) or not isinstance(model, fx.GraphModule):
+    if not isinstance(bank, TrainableBank):
         raise AdapterError(
-            f"Reconstruction needs a traced graph with a trainable bank, not a "
-            f"{type(model).__name__} with a {type(bank).__name__}. Call it before freeze."
+            f"The model's bank is a {type(bank).__name__}: nothing to train. Reconstruct before "
+            "freeze."
         )
+    if not isinstance(model, fx.GraphModule):
+        return _reconstruct_whole(model, data, config, weighting, checkpoint, progress, reference)
     with RoundedLayers(model) as rounded:
         if config.learn_rounding:
             rounded.check()
         return _reconstruct(model, data, config, weighting, rounded, checkpoint, progress)
+
+
+def _reconstruct_whole(
+    model: nn.Module,
+    data: CalibrationSet,
+    config: ReconstructionConfig,
+    weighting: Callable[[Tensor], Tensor] | None,
+    checkpoint: Path | None,
+    progress: Callable[[Progress], None] | None,
+    reference: Denoiser | None,
+) -> list[float]:
+    if config.granularity != "network" or config.learn_rounding:
+        raise AdapterError(
+            f"granularity={config.granularity!r} with learn_rounding={config.learn_rounding} "
+            f"needs a traced graph, and this is a {type(model).__name__}. Use "
+            "granularity='network' without learned rounding."
+        )
+    bank, rounded = scale_bank(model), RoundedLayers(model)
+    losses = load_checkpoint(checkpoint, bank, rounded, config) if checkpoint is not None else []
+    if not losses:
+        objective = whole_model_objective(model, data, reference)
+        report = _counter(progress, objective.name, 0, 1, config)
+        losses = [train_scales(model, objective, config, [], weighting, report)]
+        if checkpoint is not None:
+            save_checkpoint(checkpoint, bank, rounded, config, losses)
+    return losses
 
 
 def _reconstruct(
@@ -93,10 +127,9 @@ def _reconstruct(
             target.advance(block)
         if block in trained and trained.index(block) >= len(losses):
             roundings = rounded.learn(block) if config.learn_rounding else []
-            report = _counter(progress, block, len(losses), len(trained), config)
-            losses.append(
-                train_block(model, block, quantized, target, config, roundings, weighting, report)
-            )
+            report = _counter(progress, block.name, len(losses), len(trained), config)
+            objective = _objective(model, block, quantized, target)
+            losses.append(train_scales(model, objective, config, roundings, weighting, report))
             rounded.harden()
             if checkpoint is not None:
                 save_checkpoint(checkpoint, bank, rounded, config, losses)
@@ -106,9 +139,18 @@ def _reconstruct(
     return losses
 
 
+def _objective(model: fx.GraphModule, block: Block, quantized: Stream, target: Stream) -> Objective:
+    def run(index: Tensor) -> list[Tensor]:
+        values = run_block(model, block, quantized.inputs(block, index))
+        return [values[node] for node in block.outputs]
+
+    targets = [target.values[node] for node in block.outputs]
+    return Objective(block.name, run, targets, quantized.timesteps)
+
+
 def _counter(
     progress: Callable[[Progress], None] | None,
-    block: Block,
+    block: str,
     offset: int,
     blocks: int,
     config: ReconstructionConfig,
@@ -116,7 +158,7 @@ def _counter(
     def report(step: int, loss: float) -> None:
         if progress is not None:
             done = offset * config.iterations + step + 1
-            progress(Progress(done, blocks * config.iterations, block.name, loss))
+            progress(Progress(done, blocks * config.iterations, block, loss))
 
     return report
 

@@ -5,7 +5,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, nn
 
 from tdq_plugin.errors import AdapterError
 from tdq_plugin.reconstruct.blocks import Block
@@ -27,7 +27,7 @@ class RoundedLayers:
         model: An attached graph.
     """
 
-    def __init__(self, model: fx.GraphModule) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._roundings: dict[str, LearnedRounding] = {}
 

@@ -1,39 +1,51 @@
-"""Train the parameters of one block."""
+"""Train the scales of a block, or of a whole model."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, nn
 
 from tdq_plugin.attach import scale_bank
 from tdq_plugin.errors import CalibrationError
-from tdq_plugin.reconstruct.blocks import Block, run_block
 from tdq_plugin.reconstruct.config import ReconstructionConfig
-from tdq_plugin.reconstruct.stream import Stream
 from tdq_plugin.reconstruct.switches import only_trainable
 from tdq_plugin.rounding import LearnedRounding, rounding_penalty
 from tdq_plugin.scales.bank import ScaleBank
 
-__all__ = ["train_block"]
+__all__ = ["Objective", "train_scales"]
 
 
-def train_block(
-    model: fx.GraphModule,
-    block: Block,
-    quantized: Stream,
-    target: Stream,
+@dataclass(frozen=True)
+class Objective:
+    """What a training brings together.
+
+    Attributes:
+        name: Of the block, for messages.
+        run: From indices of samples to the quantized outputs.
+        targets: The float outputs for all N samples, in the same order.
+        timesteps: Of all samples, shape `(N,)`.
+    """
+
+    name: str
+    run: Callable[[Tensor], Sequence[Tensor]]
+    targets: Sequence[Tensor]
+    timesteps: Tensor
+
+
+def train_scales(
+    model: nn.Module,
+    objective: Objective,
     config: ReconstructionConfig,
     roundings: Sequence[LearnedRounding],
     weighting: Callable[[Tensor], Tensor] | None,
     report: Callable[[int, float], None],
 ) -> float:
-    """Bring a block's output to that of the float model.
+    """Bring the quantized outputs to those of the float model.
 
     Args:
-        model: The graph.
-        block: Its block.
-        quantized: Inputs of the block, of the quantized model.
-        target: Outputs of the block, of the float model.
+        model: The attached model.
+        objective: What to bring together.
         config: How to train.
         roundings: Trained with the scale bank.
         weighting: As in `reconstruct`.
@@ -57,11 +69,12 @@ def train_block(
     value = 0.0
     with only_trainable(model, [*bank.parameters(), *learned]), torch.enable_grad():
         for step in range(config.iterations):
-            index = torch.randint(len(quantized), (config.batch_size,), generator=generator)
-            outputs = run_block(model, block, quantized.inputs(block, index))
-            timesteps = quantized.timesteps[index]
+            count = len(objective.timesteps)
+            index = torch.randint(count, (config.batch_size,), generator=generator)
+            timesteps = objective.timesteps[index]
             weights = weighting(timesteps) if weighting else torch.ones_like(timesteps)
-            loss = _distance(outputs, target.values, index, weights)
+            targets = [target[index] for target in objective.targets]
+            loss = _distance(objective.run(index), targets, weights)
             value = float(loss.detach())
             if roundings:
                 penalty = rounding_penalty(roundings, step / config.iterations)
@@ -74,7 +87,7 @@ def train_block(
             schedule.step()
             if not value < float("inf"):
                 raise CalibrationError(
-                    f"The loss of block {block.name!r} is {value} at step {step}. "
+                    f"The loss of block {objective.name!r} is {value} at step {step}. "
                     "Lower the learning rate."
                 )
             report(step, value)
@@ -90,13 +103,10 @@ def _optimizer(bank: ScaleBank, config: ReconstructionConfig) -> torch.optim.Ada
     return torch.optim.Adam(groups)
 
 
-def _distance(
-    outputs: dict[fx.Node, Tensor], target: dict[fx.Node, Tensor], index: Tensor, weights: Tensor
-) -> Tensor:
+def _distance(outputs: Sequence[Tensor], targets: Sequence[Tensor], weights: Tensor) -> Tensor:
     """Weighted squared error, relative to the size of each target."""
     total = weights.new_zeros(())
-    for node, output in outputs.items():
-        wanted = target[node][index]
+    for output, wanted in zip(outputs, targets, strict=True):
         error = (output - wanted).square().flatten(1).mean(dim=1)
         total = total + (weights * error).mean() / wanted.square().mean()
     return total
