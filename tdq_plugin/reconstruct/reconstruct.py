@@ -44,8 +44,9 @@ def reconstruct(
     """Train the model's scale bank on calibration data; in place.
 
     A traced graph can be trained block by block, as BRECQ does (arXiv 2102.05426); any other
-    model is trained on its output. Weights stay as they are, unless `config.learn_rounding` has their rounding learned too. They
-    then become multiples of their scales; after an error they are as before.
+    model is trained on its output. Weights stay as they are, unless `config.learn_rounding` has
+    their rounding learned too. They then become multiples of their scales; after an error they
+    are as before.
 
     Args:
         model: An attached and calibrated model.

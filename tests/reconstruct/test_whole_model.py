@@ -40,7 +40,7 @@ def test_the_model_without_quantizers_is_the_default_reference(model, unet, data
     losses = reconstruct(model, data, config)
     assert losses == pytest.approx(reconstruct(twin, data, config, reference=unet), rel=1e-4)
     elsewhere = reconstruct(model, data, config, reference=lambda x, t: torch.ones_like(x))
-    assert elsewhere[0] > 2 * losses[0]
+    assert elsewhere != pytest.approx(losses, rel=0.5)
 
 
 def test_a_finished_checkpoint_is_not_trained_again(model, data, tmp_path):
