@@ -1,4 +1,4 @@
-"""Quantize the digits DDIM by each method, run it with integer kernels, and write a report."""
+"""Quantize the digits DDIM by each method, sample with the result, and write a report."""
 
 from pathlib import Path
 from typing import Any
@@ -6,24 +6,26 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationInfo, field_validator
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import tdq_plugin as tdq
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.freeze import evaluate_table
 from tdq_plugin.observe import Observation
+from tdq_plugin.recipes.bits import Bits
 from tdq_plugin.recipes.config import RecipeConfig
 from tdq_plugin.recipes.digits import load_digits
 from tdq_plugin.recipes.digits_classifier import load_classifier
 from tdq_plugin.recipes.evaluation import Evaluator
-from tdq_plugin.recipes.ptq_deploy import fake_model, integer_model
+from tdq_plugin.recipes.frameworks import FrameworkName, load_framework
+from tdq_plugin.recipes.ptq_deploy import deployed, simulated
 from tdq_plugin.recipes.ptq_methods import METHODS
-from tdq_plugin.recipes.ptq_quantize import Bits, apply_method, prepare, sampler_weighting
+from tdq_plugin.recipes.ptq_quantize import apply_method, sampler_weighting
 from tdq_plugin.recipes.ptq_report import write_results
 from tdq_plugin.recipes.reference import cached_images
 from tdq_plugin.recipes.run_state import RunState
-from tdq_plugin.recipes.sampling import image_shape, sample, scheduler_with
+from tdq_plugin.recipes.sampling import Denoiser, image_shape, sample, scheduler_with
 from tdq_plugin.reconstruct import (
     CalibrationSet,
     Granularity,
@@ -71,10 +73,12 @@ class PTQConfig(RecipeConfig):
     """Configuration of `ddim-digits-ptq`.
 
     Attributes:
+        adapter: The quantization framework.
         bits: Bits of weights and activations, for example `W8A4`; the first and last layer keep 8.
         steps: Steps of the DDIM sampler; calibration uses the same. At most half of the process,
             so that there are timesteps between them that calibration never saw.
-        int8_methods: Rows of the report that run on integer kernels.
+        int8_methods: Rows of the report that run as deployed, on integer kernels where the
+            framework has them.
         fake_methods: Rows that run as fake quantization; a method may be in both.
         calibration: Where calibration data come from.
         reconstruction: How scales are trained.
@@ -84,6 +88,7 @@ class PTQConfig(RecipeConfig):
         model: Folder of the float model, a saved diffusers pipeline.
     """
 
+    adapter: FrameworkName
     bits: str = Field(pattern=r"^W[2-8]A[2-8]$")
     steps: int = Field(ge=2, le=500)
     int8_methods: list[str]
@@ -99,9 +104,9 @@ class PTQConfig(RecipeConfig):
     @classmethod
     def _can_be_filled_in(cls, name: str) -> str:
         try:
-            name.format(bits="W8A4", steps=20, seed=0)
+            name.format(adapter="torch_ao", bits="W8A4", steps=20, seed=0)
         except (KeyError, IndexError, ValueError):
-            raise ValueError("only {bits}, {steps} and {seed} are filled in") from None
+            raise ValueError("only {adapter}, {bits}, {steps} and {seed} are filled in") from None
         return name
 
     @field_validator("learning_rates", "int8_methods", "fake_methods")
@@ -138,8 +143,9 @@ class PTQConfig(RecipeConfig):
 
     @property
     def run_folder(self) -> Path:
-        """Where the results go; the name may contain `{bits}`, `{steps}` and `{seed}`."""
-        return self.output / self.name.format(bits=self.bits, steps=self.steps, seed=self.seed)
+        """Where the results go; `{adapter}`, `{bits}`, `{steps}` and `{seed}` are filled in."""
+        filled = self.model_dump(include={"adapter", "bits", "steps", "seed"})
+        return self.output / self.name.format(**filled)
 
     @property
     def methods(self) -> list[str]:
@@ -166,24 +172,26 @@ def run(config: PTQConfig) -> Path:
     """Run or resume the recipe; return the folder with `report.html`, `report.json`, `model/`."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
+    framework = load_framework(config.adapter)
     unet, scheduler = _float_model(config.model)
     state = RunState(config.run_folder, config.model_dump(mode="json"))
     evaluator = _evaluator(config, unet, scheduler)
     data = _calibration_data(config, unet, scheduler)
-    model = prepare(unet, (data.samples[:2], data.timesteps[:2]), config.widths)
+    model = framework.prepare(unet, data, config.widths)
     observations = _observe(model, data)
     for name in config.methods:
         if not state.table_path(name).exists():
-            bank = _train(config, state, model, name, observations, data, scheduler)
+            bank = _train(config, state, model, unet, name, observations, data, scheduler)
             evaluate_table(bank, evaluator.timesteps).save(state.table_path(name))
     for name in config.int8_methods:
-        if state.result(name, "int8") is None:
-            _evaluate(config, state, name, "int8", integer_model(state, model, name), evaluator)
+        if state.result(name, framework.execution) is None:
+            denoiser = deployed(framework, state, model, name)
+            _evaluate(config, state, name, framework.execution, denoiser, evaluator)
     for name in config.fake_methods:
         if state.result(name, "fake") is None:
-            fake = fake_model(state, model, name)
-            _evaluate(config, state, name, "fake", fake, evaluator)
-    return write_results(config, state, model, observations, evaluator, unet)
+            denoiser = simulated(framework, state, model, name)
+            _evaluate(config, state, name, "fake", denoiser, evaluator)
+    return write_results(config, framework, state, model, observations, evaluator, unet, data)
 
 
 def _float_model(folder: Path) -> tuple[UNet2DModel, DDIMScheduler]:
@@ -248,7 +256,7 @@ def _calibration_data(
         )
 
 
-def _observe(model: fx.GraphModule, data: CalibrationSet) -> dict[str, Observation]:
+def _observe(model: nn.Module, data: CalibrationSet) -> dict[str, Observation]:
     batches = list(data.batches(128))
     shown = tqdm(batches, desc="observe ranges", unit="batch")
     return tdq.calibrate(model, shown, warm_start=False)
@@ -257,7 +265,8 @@ def _observe(model: fx.GraphModule, data: CalibrationSet) -> dict[str, Observati
 def _train(
     config: PTQConfig,
     state: RunState,
-    model: fx.GraphModule,
+    model: nn.Module,
+    unet: UNet2DModel,
     name: str,
     observations: dict[str, Observation],
     data: CalibrationSet,
@@ -276,7 +285,7 @@ def _train(
 
         weighting = sampler_weighting(scheduler)
         return apply_method(
-            model, method, observations, data, training, weighting, checkpoint, show
+            model, unet, method, observations, data, training, weighting, checkpoint, show
         )
 
 
@@ -285,9 +294,9 @@ def _evaluate(
     state: RunState,
     name: str,
     execution: str,
-    model: nn.Module,
+    denoiser: Denoiser,
     evaluator: Evaluator,
 ) -> None:
     title = f"{METHODS[name].title}, {execution}: images"
     with tqdm(total=config.evaluation.samples, desc=title, unit="image") as progress:
-        state.save_result(name, evaluator.evaluate(model, progress.update), execution)
+        state.save_result(name, evaluator.evaluate(denoiser, progress.update), execution)

@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import UNet2DModel
-from torch import Tensor, fx
+from torch import Tensor, nn
 
 import tdq_plugin as tdq
 from tdq_plugin.observe import Observation
 from tdq_plugin.ranges import search_scale
 from tdq_plugin.recipes import find_recipe
 from tdq_plugin.recipes.evaluation import Evaluator, Result
+from tdq_plugin.recipes.frameworks import Framework
 from tdq_plugin.recipes.ptq_deploy import measure_latency, save_model
 from tdq_plugin.recipes.ptq_methods import METHODS
 from tdq_plugin.recipes.run_state import RunState
+from tdq_plugin.reconstruct import CalibrationSet
 from tdq_plugin.study import temporal_dynamics, write_report
 from tdq_plugin.study.figures import error_over_timesteps, sample_grid, scale_curves
 from tdq_plugin.study.schema import Report, ReportRow
@@ -36,14 +38,16 @@ SHOWN = ("minmax", "lsq", "tdq")
 
 def write_results(
     config: "PTQConfig",
+    framework: Framework,
     state: RunState,
-    model: fx.GraphModule,
+    model: nn.Module,
     observations: dict[str, Observation],
     evaluator: Evaluator,
     unet: UNet2DModel,
+    data: CalibrationSet,
 ) -> Path:
-    """Save the integer model, time it, and write the report; return the run's folder."""
-    sizes = save_model(config, state, model, unet, evaluator.scheduler)
+    """Save the deployed model, time it, and write the report; return the run's folder."""
+    sizes = save_model(config, framework, state, model, unet, evaluator.scheduler)
     report: Report = {
         "recipe": RECIPE,
         "command": _command(config),
@@ -52,7 +56,7 @@ def write_results(
         "versions": _versions(),
         "rows": _rows(config, state, evaluator),
         "methods": {METHODS[name].title: METHODS[name].description for name in config.methods},
-        "latency": measure_latency(config, state, model, unet),
+        "latency": measure_latency(config, framework, state, model, unet, data),
         "size_bytes": sizes,
         "noise_floor": evaluator.noise_floor(),
         "temporal_dynamics": _dynamics(observations).as_dict(),

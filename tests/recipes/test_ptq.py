@@ -15,12 +15,14 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 import tdq_plugin as tdq
 from tdq_plugin.deploy import load_int8, lower_to_int8
 from tdq_plugin.errors import ConfigError, LookupRuleError
-from tdq_plugin.recipes import ddim_digits_ptq, evaluation, find_recipe, ptq_deploy
+from tdq_plugin.recipes import ddim_digits_ptq, evaluation, find_recipe
+from tdq_plugin.recipes.bits import Bits
 from tdq_plugin.recipes.digits import load_digits
 from tdq_plugin.recipes.evaluation import Evaluator
+from tdq_plugin.recipes.frameworks import load_framework, torch_ao
 from tdq_plugin.recipes.ptq_methods import METHODS
-from tdq_plugin.recipes.ptq_quantize import Bits, prepare
 from tdq_plugin.recipes.sampling import image_shape, sample, scheduler_with
+from tdq_plugin.reconstruct import CalibrationSet
 from tdq_plugin.study.schema import METRICS, validate_report
 
 INT8, FAKE = ["minmax", "lsq", "tdq"], ["lsq", "tdq", "dynamic"]
@@ -162,7 +164,7 @@ def test_int8_and_fake_quantization_agree(report: dict[str, Any], name: str) -> 
 def test_the_saved_model_is_the_lowered_one(finished: Path, pipeline: Path) -> None:
     unet = float_unet(pipeline)
     x, t = torch.randn(3, *image_shape(unet)), torch.tensor([0, 250, 750])
-    prepared = prepare(unet, (x, t), Bits(4, 8))
+    prepared = load_framework("torch_ao").prepare(unet, CalibrationSet(x, t), Bits(4, 8))
     tdq.load_scales(prepared, tdq.load_table(finished / "tables" / "tdq.safetensors"))
     lowered = lower_to_int8(prepared)
     folder = finished / "model"
@@ -195,13 +197,13 @@ def test_an_interrupted_run_goes_on(
         trained = count_calls(patch, ddim_digits_ptq, "apply_method", interrupt_at=3)
         with pytest.raises(KeyboardInterrupt):
             PTQ.run(config)
-    assert [call[1].title for call in trained] == ["MinMax", "static LSQ", "TDQ"]
+    assert [call[2].title for call in trained] == ["MinMax", "static LSQ", "TDQ"]
     with monkeypatch.context() as patch:
         trained = count_calls(patch, ddim_digits_ptq, "apply_method")
         count_calls(patch, evaluation, "sample", interrupt_at=5)
         with pytest.raises(KeyboardInterrupt):
             PTQ.run(config)
-    assert [call[1].title for call in trained] == ["TDQ", "dynamic"]
+    assert [call[2].title for call in trained] == ["TDQ", "dynamic"]
     with monkeypatch.context() as patch:
         trained = count_calls(patch, ddim_digits_ptq, "apply_method")
         drawn = count_calls(patch, evaluation, "sample")
@@ -231,7 +233,7 @@ def test_a_kill_while_saving_leaves_the_rows(
     finished: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    count_calls(monkeypatch, ptq_deploy, "save_int8", interrupt_at=1)
+    count_calls(monkeypatch, torch_ao, "save_int8", interrupt_at=1)
     with pytest.raises(KeyboardInterrupt):
         PTQ.run(PTQ.configure(overrides))
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
@@ -277,7 +279,7 @@ def test_the_float_model_has_no_error(pipeline: Path) -> None:
 def test_bits_and_steps_can_be_chosen() -> None:
     config = PTQ.configure(["bits=W4A4", "steps=50"])
     assert (config.widths, config.steps) == (Bits(4, 4), 50)
-    assert config.run_folder == Path("runs/ddim-digits-ptq-W4A4-50steps-seed0")
+    assert config.run_folder == Path("runs/ddim-digits-ptq-torch_ao-W4A4-50steps-seed0")
 
 
 @pytest.mark.parametrize(
@@ -286,7 +288,7 @@ def test_bits_and_steps_can_be_chosen() -> None:
         ("bits=W9A9", r"^bits = 'W9A9': String should match pattern"),
         ("steps=501", r"^steps = 501: Input should be less than or equal to 500"),
         ("latency_rounds=1", r"^latency_rounds = 1: Input should be greater than or equal to 2"),
-        ("name=x-{draw}", r"^name = 'x-\{draw\}': .*only \{bits\}, \{steps\} and \{seed\}"),
+        ("name=x-{draw}", r"^name = 'x-\{draw\}': .*only \{adapter\}, \{bits\}, \{steps\} and \{seed\}"),
         ("int8_methods=[tdq, tdk]", r"^int8_methods = .*\['tdk'\] are no methods; choose .*'lsq'"),
         ("fake_methods=[tdk]", r"^fake_methods = \['tdk'\]: .*are no methods"),
         ("learning_rates.tdk=1", r"^learning_rates = .*\['tdk'\] are no methods"),

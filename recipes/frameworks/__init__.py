@@ -1,0 +1,66 @@
+"""What the recipes ask of a quantization framework, and one module for each that answers."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from diffusers import UNet2DModel
+from torch import nn
+
+from tdq_plugin.errors import ConfigError
+from tdq_plugin.recipes.bits import Bits
+from tdq_plugin.recipes.sampling import Denoiser
+from tdq_plugin.reconstruct import CalibrationSet
+
+__all__ = ["FRAMEWORKS", "Framework", "FrameworkName", "load_framework"]
+
+FrameworkName = Literal["torch_ao", "brevitas", "nncf"]
+_EXTRAS = {"torch_ao": "torch-ao", "brevitas": "brevitas", "nncf": "nncf,openvino"}
+FRAMEWORKS = tuple(_EXTRAS)
+
+
+class Framework(Protocol):
+    """One framework's side of the PTQ recipe.
+
+    Attributes:
+        execution: How a deployed model runs: on integer kernels, or as fake quantization.
+        latency_unit: What the latencies of the report are relative to.
+    """
+
+    execution: Literal["int8", "fake"]
+    latency_unit: str
+
+    def prepare(self, model: UNet2DModel, data: CalibrationSet, bits: Bits) -> nn.Module:
+        """The framework's prepare step, then `tdq.attach`; the model given stays as it is."""
+
+    def simulate(self, model: nn.Module) -> Denoiser:
+        """The fake-quantized model, ready for many calls."""
+
+    def deploy(self, model: nn.Module) -> Denoiser:
+        """The frozen model as a user of the framework runs it."""
+
+    def deploy_dynamic(self, model: nn.Module) -> Denoiser | None:
+        """The same with input-dependent scales, for comparison, where the framework has them."""
+
+    def deploy_float(self, model: UNet2DModel, data: CalibrationSet) -> Denoiser:
+        """The float model in the same engine."""
+
+    def save(self, model: nn.Module, folder: Path, extra: dict[str, Any]) -> None:
+        """Save the frozen model in the framework's form for deployment."""
+
+
+def load_framework(name: FrameworkName) -> Framework:
+    """The framework of a name; imports it.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    try:
+        module = import_module(f"{__name__}.{name}")
+    except ImportError as error:
+        raise ConfigError(
+            f"adapter = {name!r} is not available: {error}. "
+            f"Install it: pip install 'tdq-plugin[{_EXTRAS[name]}]'."
+        ) from error
+    framework: Framework = module.FRAMEWORK
+    return framework
