@@ -11,15 +11,14 @@ from tqdm.auto import tqdm
 
 import tdq_plugin as tdq
 from tdq_plugin.errors import ConfigError
-from tdq_plugin.freeze import evaluate_table
 from tdq_plugin.observe import Observation
 from tdq_plugin.recipes.bits import Bits
 from tdq_plugin.recipes.config import RecipeConfig
 from tdq_plugin.recipes.digits import load_digits
 from tdq_plugin.recipes.digits_classifier import load_classifier
 from tdq_plugin.recipes.evaluation import Evaluator
-from tdq_plugin.recipes.frameworks import FrameworkName, load_framework
-from tdq_plugin.recipes.ptq_deploy import deployed, simulated
+from tdq_plugin.recipes.frameworks import Framework, FrameworkName, load_framework
+from tdq_plugin.recipes.method_states import MethodStates
 from tdq_plugin.recipes.ptq_methods import METHODS
 from tdq_plugin.recipes.ptq_quantize import apply_method, sampler_weighting
 from tdq_plugin.recipes.ptq_report import write_results
@@ -54,11 +53,16 @@ class CalibrationSection(_Section):
 
 
 class ReconstructionSection(_Section):
-    """The training that `lsq`, `learned_table` and the `tdq` methods share."""
+    """The training that `lsq`, `learned_table` and the `tdq` methods share.
+
+    `learn_rounding` also learns how weights are rounded (AdaRound); `null` does so where the
+    framework's weights allow it.
+    """
 
     granularity: Granularity
     iterations: int = Field(gt=0)
     batch_size: int = Field(gt=0)
+    learn_rounding: bool | None
 
 
 class EvaluationSection(_Section):
@@ -157,11 +161,26 @@ class PTQConfig(RecipeConfig):
         """The bits as numbers."""
         return Bits(int(self.bits[1]), int(self.bits[3]))
 
-    def training(self, method: str) -> ReconstructionConfig:
+    def learns_rounding(self, framework: Framework) -> bool:
+        """Whether trained methods learn how weights are rounded.
+
+        Raises:
+            ConfigError: They shall, and the framework's weights do not allow it.
+        """
+        wanted = self.reconstruction.learn_rounding
+        if wanted and not framework.learns_rounding:
+            raise ConfigError(
+                f"reconstruction.learn_rounding = true: {self.adapter} rounds weights itself. "
+                "Set it to false or null."
+            )
+        return framework.learns_rounding if wanted is None else wanted
+
+    def training(self, method: str, framework: Framework) -> ReconstructionConfig:
         """How a trained method's scales are trained."""
         rate = self.learning_rates[method]
         return ReconstructionConfig(
-            **self.reconstruction.model_dump(),
+            **self.reconstruction.model_dump(exclude={"learn_rounding"}),
+            learn_rounding=self.learns_rounding(framework),
             learning_rate=rate,
             zero_point_learning_rate=10 * rate,
             seed=self.seed,
@@ -173,25 +192,29 @@ def run(config: PTQConfig) -> Path:
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     framework = load_framework(config.adapter)
+    config.learns_rounding(framework)
     unet, scheduler = _float_model(config.model)
     state = RunState(config.run_folder, config.model_dump(mode="json"))
     evaluator = _evaluator(config, unet, scheduler)
     data = _calibration_data(config, unet, scheduler)
     model = framework.prepare(unet, data, config.widths)
     observations = _observe(model, data)
+    states = MethodStates(state, model)
     for name in config.methods:
-        if not state.table_path(name).exists():
-            bank = _train(config, state, model, unet, name, observations, data, scheduler)
-            evaluate_table(bank, evaluator.timesteps).save(state.table_path(name))
+        if not states.finished(name):
+            states.reset()
+            training = config.training(name, framework) if METHODS[name].trained else None
+            bank = _train(state, model, unet, name, training, observations, data, scheduler)
+            states.save(name, bank, evaluator.timesteps)
     for name in config.int8_methods:
         if state.result(name, framework.execution) is None:
-            denoiser = deployed(framework, state, model, name)
+            denoiser = framework.deploy(states.load(name))
             _evaluate(config, state, name, framework.execution, denoiser, evaluator)
     for name in config.fake_methods:
         if state.result(name, "fake") is None:
-            denoiser = simulated(framework, state, model, name)
+            denoiser = framework.simulate(states.load(name))
             _evaluate(config, state, name, "fake", denoiser, evaluator)
-    return write_results(config, framework, state, model, observations, evaluator, unet, data)
+    return write_results(config, framework, state, states, observations, evaluator, unet, data)
 
 
 def _float_model(folder: Path) -> tuple[UNet2DModel, DDIMScheduler]:
@@ -263,17 +286,16 @@ def _observe(model: nn.Module, data: CalibrationSet) -> dict[str, Observation]:
 
 
 def _train(
-    config: PTQConfig,
     state: RunState,
     model: nn.Module,
     unet: UNet2DModel,
     name: str,
+    training: ReconstructionConfig | None,
     observations: dict[str, Observation],
     data: CalibrationSet,
     scheduler: DDIMScheduler,
 ) -> TrainableBank:
     method = METHODS[name]
-    training = config.training(name) if method.trained else None
     checkpoint = state.folder / "checkpoints" / f"{name}.safetensors"
     title = f"{method.title}: scales"
     with tqdm(desc=title, unit="step", disable=not method.trained) as progress:

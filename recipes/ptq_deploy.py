@@ -6,48 +6,33 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 import tdq_plugin as tdq
 from tdq_plugin.files import atomic_folder
 from tdq_plugin.freeze import evaluate_table
 from tdq_plugin.recipes.frameworks import Framework
-from tdq_plugin.recipes.ptq_methods import METHODS
+from tdq_plugin.recipes.method_states import MethodStates
 from tdq_plugin.recipes.run_state import RunState
 from tdq_plugin.recipes.sampling import Denoiser, image_shape
 from tdq_plugin.reconstruct import CalibrationSet
-from tdq_plugin.scales import FrozenBank
 from tdq_plugin.study.latency import paired_ratios
 from tdq_plugin.study.schema import Latency, SizeBytes
 
 if TYPE_CHECKING:
     from tdq_plugin.recipes.ddim_digits_ptq import PTQConfig
 
-__all__ = ["deployed", "measure_latency", "save_model", "simulated"]
+__all__ = ["measure_latency", "save_model"]
 
 _CALLS_IN_A_ROUND = 5
-
-
-def deployed(framework: Framework, state: RunState, model: nn.Module, name: str) -> Denoiser:
-    """The model with the scale table of a method, as a user of the framework runs it."""
-    tdq.load_scales(model, tdq.load_table(state.table_path(name)))
-    return framework.deploy(model)
-
-
-def simulated(framework: Framework, state: RunState, model: nn.Module, name: str) -> Denoiser:
-    """The fake-quantized model with the scale table of a method."""
-    tdq.load_scales(model, tdq.load_table(state.table_path(name)))
-    for _, quantizer in tdq.named_quantizers(model):
-        quantizer.mode = "dynamic" if METHODS[name].dynamic else "quantize"
-    return framework.simulate(model)
 
 
 def save_model(
     config: "PTQConfig",
     framework: Framework,
     state: RunState,
-    model: nn.Module,
+    states: MethodStates,
     unet: UNet2DModel,
     scheduler: DDIMScheduler,
 ) -> SizeBytes:
@@ -56,8 +41,8 @@ def save_model(
     `model/int8` holds the quantized model, `model/unet` and `model/scheduler` the configurations
     to load it with.
     """
-    table = tdq.load_table(state.table_path("tdq"))
-    tdq.load_scales(model, evaluate_table(FrozenBank(table), scheduler))
+    model = states.load("tdq")
+    tdq.load_scales(model, evaluate_table(tdq.scale_bank(model), scheduler))
     extra = {"recipe": "ddim-digits-ptq", "bits": config.bits, "steps": config.steps}
     folder = state.folder / "model"
     with atomic_folder(folder) as temporary:
@@ -72,16 +57,16 @@ def measure_latency(
     config: "PTQConfig",
     framework: Framework,
     state: RunState,
-    model: nn.Module,
+    states: MethodStates,
     unet: UNet2DModel,
     data: CalibrationSet,
 ) -> Latency:
     """Paired ratios to the static model, one image at a time, along the timesteps of the tables."""
     denoisers = {
         "float32": framework.deploy_float(unet, data),
-        "static_int8": deployed(framework, state, model, "lsq"),
-        "tdq_int8": deployed(framework, state, model, "tdq"),
-        "dynamic_int8": framework.deploy_dynamic(model),
+        "static_int8": framework.deploy(states.load("lsq")),
+        "tdq_int8": framework.deploy(states.load("tdq")),
+        "dynamic_int8": framework.deploy_dynamic(states.load("tdq")),
     }
     timesteps = list(tdq.load_table(state.table_path("tdq")).timesteps)
     calls = {

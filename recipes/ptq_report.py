@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import UNet2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 import tdq_plugin as tdq
 from tdq_plugin.observe import Observation
@@ -18,6 +18,7 @@ from tdq_plugin.ranges import search_scale
 from tdq_plugin.recipes import find_recipe
 from tdq_plugin.recipes.evaluation import Evaluator, Result
 from tdq_plugin.recipes.frameworks import Framework
+from tdq_plugin.recipes.method_states import MethodStates
 from tdq_plugin.recipes.ptq_deploy import measure_latency, save_model
 from tdq_plugin.recipes.ptq_methods import METHODS
 from tdq_plugin.recipes.run_state import RunState
@@ -40,14 +41,14 @@ def write_results(
     config: "PTQConfig",
     framework: Framework,
     state: RunState,
-    model: nn.Module,
+    states: MethodStates,
     observations: dict[str, Observation],
     evaluator: Evaluator,
     unet: UNet2DModel,
     data: CalibrationSet,
 ) -> Path:
     """Save the deployed model, time it, and write the report; return the run's folder."""
-    sizes = save_model(config, framework, state, model, unet, evaluator.scheduler)
+    sizes = save_model(config, framework, state, states, unet, evaluator.scheduler)
     report: Report = {
         "recipe": RECIPE,
         "command": _command(config),
@@ -56,13 +57,20 @@ def write_results(
         "versions": _versions(),
         "rows": _rows(config, state, evaluator),
         "methods": {METHODS[name].title: METHODS[name].description for name in config.methods},
-        "latency": measure_latency(config, framework, state, model, unet, data),
+        "notes": [_rounding(config, framework)],
+        "latency": measure_latency(config, framework, state, states, unet, data),
         "size_bytes": sizes,
         "noise_floor": evaluator.noise_floor(),
         "temporal_dynamics": _dynamics(observations).as_dict(),
     }
     write_report(state.folder, report, _figures(config, state, observations, evaluator))
     return state.folder
+
+
+def _rounding(config: "PTQConfig", framework: Framework) -> str:
+    if config.learns_rounding(framework):
+        return "Every trained method learns the rounding of the weights together with its scales."
+    return "All methods share the same weights, rounded to nearest."
 
 
 def _command(config: "PTQConfig") -> str:

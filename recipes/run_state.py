@@ -37,6 +37,10 @@ class RunState:
         """Where a method's scale table is."""
         return self.folder / "tables" / f"{method}.safetensors"
 
+    def weights_path(self, method: str) -> Path:
+        """Where the weights are that a method has changed."""
+        return self.folder / "weights" / f"{method}.safetensors"
+
     def result(self, method: str, execution: str = "fake") -> Result | None:
         """The stored result, if the method is finished."""
         path = self._result_path(method, execution)

@@ -25,10 +25,13 @@ class Framework(Protocol):
     Attributes:
         execution: How a deployed model runs: on integer kernels, or as fake quantization.
         latency_unit: What the latencies of the report are relative to.
+        learns_rounding: Whether reconstruction can learn the rounding of the weights; else they
+            keep the framework's own.
     """
 
     execution: Literal["int8", "fake"]
     latency_unit: str
+    learns_rounding: bool
 
     def prepare(self, model: UNet2DModel, data: CalibrationSet, bits: Bits) -> nn.Module:
         """The framework's prepare step, then `tdq.attach`; the model given stays as it is."""

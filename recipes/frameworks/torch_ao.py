@@ -21,6 +21,7 @@ __all__ = ["FRAMEWORK"]
 class _TorchAO:
     execution = "int8"
     latency_unit = "ratio to static_int8, median of paired runs"
+    learns_rounding = True
 
     def prepare(self, model: UNet2DModel, data: CalibrationSet, bits: Bits) -> fx.GraphModule:
         example = (data.samples[:2], data.timesteps[:2])

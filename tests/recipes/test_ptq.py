@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,9 @@ from tdq_plugin.recipes.bits import Bits
 from tdq_plugin.recipes.digits import load_digits
 from tdq_plugin.recipes.evaluation import Evaluator
 from tdq_plugin.recipes.frameworks import load_framework, torch_ao
+from tdq_plugin.recipes.method_states import MethodStates
 from tdq_plugin.recipes.ptq_methods import METHODS
+from tdq_plugin.recipes.run_state import RunState
 from tdq_plugin.recipes.sampling import image_shape, sample, scheduler_with
 from tdq_plugin.reconstruct import CalibrationSet
 from tdq_plugin.study.schema import METRICS, validate_report
@@ -165,8 +168,8 @@ def test_the_saved_model_is_the_lowered_one(finished: Path, pipeline: Path) -> N
     unet = float_unet(pipeline)
     x, t = torch.randn(3, *image_shape(unet)), torch.tensor([0, 250, 750])
     prepared = load_framework("torch_ao").prepare(unet, CalibrationSet(x, t), Bits(4, 8))
-    tdq.load_scales(prepared, tdq.load_table(finished / "tables" / "tdq.safetensors"))
-    lowered = lower_to_int8(prepared)
+    state = RunState(finished, json.loads((finished / "config.json").read_text()))
+    lowered = lower_to_int8(MethodStates(state, prepared).load("tdq"))
     folder = finished / "model"
     fresh = UNet2DModel.from_config(UNet2DModel.load_config(folder / "unet"))
     loaded = load_int8(folder / "int8", fresh, (x, t))
@@ -174,6 +177,34 @@ def test_the_saved_model_is_the_lowered_one(finished: Path, pipeline: Path) -> N
         assert torch.equal(loaded(x, t), lowered(x, t))
         for timestep in SEEN:
             assert torch.equal(loaded(x, timestep), lowered(x, timestep))
+
+
+def test_trained_methods_round_weights_themselves_and_others_do_not(
+    finished: Path, pipeline: Path
+) -> None:
+    x, t = torch.randn(2, 1, 16, 16), torch.tensor([0, 250])
+    model = load_framework("torch_ao").prepare(
+        float_unet(pipeline), CalibrationSet(x, t), Bits(4, 8)
+    )
+    original = model.conv_in.weight.clone()
+    state = RunState(finished, json.loads((finished / "config.json").read_text()))
+    states = MethodStates(state, model)
+    weights = {name: states.load(name).conv_in.weight.clone() for name in INT8}
+    assert torch.equal(weights["minmax"], original)
+    assert not torch.equal(weights["lsq"], original)
+    assert not torch.equal(weights["tdq"], original)
+    # What was learned is a code: rounding it again changes nothing.
+    states.load("tdq")
+    assert torch.equal(model.conv_in.weight_fake_quant(weights["tdq"]), weights["tdq"])
+
+
+def test_a_framework_that_rounds_weights_itself_cannot_learn_it(overrides: list[str]) -> None:
+    config = PTQ.configure([*overrides, "reconstruction.learn_rounding=true"])
+    assert config.learns_rounding(load_framework("torch_ao"))
+    rounds_itself = SimpleNamespace(learns_rounding=False)
+    with pytest.raises(ConfigError, match=r"torch_ao rounds weights itself.*false or null"):
+        config.learns_rounding(rounds_itself)
+    assert not PTQ.configure(overrides).learns_rounding(rounds_itself)
 
 
 def test_the_saved_model_has_the_timesteps_of_its_sampler(finished: Path) -> None:
@@ -288,7 +319,10 @@ def test_bits_and_steps_can_be_chosen() -> None:
         ("bits=W9A9", r"^bits = 'W9A9': String should match pattern"),
         ("steps=501", r"^steps = 501: Input should be less than or equal to 500"),
         ("latency_rounds=1", r"^latency_rounds = 1: Input should be greater than or equal to 2"),
-        ("name=x-{draw}", r"^name = 'x-\{draw\}': .*only \{adapter\}, \{bits\}, \{steps\} and \{seed\}"),
+        (
+            "name=x-{draw}",
+            r"^name = 'x-\{draw\}': .*only \{adapter\}, \{bits\}, \{steps\} and \{seed\}",
+        ),
         ("int8_methods=[tdq, tdk]", r"^int8_methods = .*\['tdk'\] are no methods; choose .*'lsq'"),
         ("fake_methods=[tdk]", r"^fake_methods = \['tdk'\]: .*are no methods"),
         ("learning_rates.tdk=1", r"^learning_rates = .*\['tdk'\] are no methods"),
