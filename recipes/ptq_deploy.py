@@ -21,7 +21,7 @@ from tdq_plugin.study.latency import paired_ratios
 from tdq_plugin.study.schema import Latency, SizeBytes
 
 if TYPE_CHECKING:
-    from tdq_plugin.recipes.ddim_digits_ptq import PTQConfig
+    from tdq_plugin.recipes.ptq_config import PTQConfig
 
 __all__ = ["measure_latency", "save_model"]
 

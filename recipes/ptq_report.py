@@ -28,7 +28,7 @@ from tdq_plugin.study.figures import error_over_timesteps, sample_grid, scale_cu
 from tdq_plugin.study.schema import Report, ReportRow
 
 if TYPE_CHECKING:
-    from tdq_plugin.recipes.ddim_digits_ptq import PTQConfig
+    from tdq_plugin.recipes.ptq_config import PTQConfig
 
 __all__ = ["FEATURE_SPACE", "write_results"]
 

@@ -111,7 +111,7 @@ def test_the_report_tells_where_its_numbers_come_from(report: dict[str, Any]) ->
     assert {"python", "torch", "diffusers", "tdq-plugin"} <= set(report["versions"])
     assert report["noise_floor"]["frechet_distance_to_float"] > 0
     dynamics = report["temporal_dynamics"]
-    assert dynamics["timesteps"] == 4
+    assert dynamics["timesteps"] == 4 * len(PTQ.configure().calibration.shifts)
     assert len(dynamics["std_ratio"]["per_layer"]) == dynamics["layers"]
     assert dynamics["std_ratio"]["median"] >= 1
 
@@ -228,13 +228,13 @@ def test_an_interrupted_run_goes_on(
         trained = count_calls(patch, ddim_digits_ptq, "apply_method", interrupt_at=3)
         with pytest.raises(KeyboardInterrupt):
             PTQ.run(config)
-    assert [call[2].title for call in trained] == ["MinMax", "static LSQ", "TDQ"]
+    assert [call[1].title for call in trained] == ["MinMax", "static LSQ", "TDQ"]
     with monkeypatch.context() as patch:
         trained = count_calls(patch, ddim_digits_ptq, "apply_method")
         count_calls(patch, evaluation, "sample", interrupt_at=5)
         with pytest.raises(KeyboardInterrupt):
             PTQ.run(config)
-    assert [call[2].title for call in trained] == ["TDQ", "dynamic"]
+    assert [call[1].title for call in trained] == ["TDQ", "dynamic"]
     with monkeypatch.context() as patch:
         trained = count_calls(patch, ddim_digits_ptq, "apply_method")
         drawn = count_calls(patch, evaluation, "sample")
@@ -325,9 +325,13 @@ def test_bits_and_steps_can_be_chosen() -> None:
         ),
         ("int8_methods=[tdq, tdk]", r"^int8_methods = .*\['tdk'\] are no methods; choose .*'lsq'"),
         ("fake_methods=[tdk]", r"^fake_methods = \['tdk'\]: .*are no methods"),
-        ("learning_rates.tdk=1", r"^learning_rates = .*\['tdk'\] are no methods"),
-        ("learning_rates.tdq=0", r"^learning_rates\.tdq = 0: Input should be greater than 0"),
-        ("learning_rates={lsq: 1}", r"^learning_rates = .*'tdq'.* have no learning rate"),
+        ("training.tdk={learning_rate: 1}", r"^training\.tdk\.weight_at_zero = .*: Field required"),
+        ("training.tdq.learning_rate=0", r"^training\.tdq\.learning_rate = 0: .*greater than 0"),
+        ("training={}", r"^training = .*'lsq'.* are trained and have no entry"),
+        ("training.tdk={learning_rate: 1, weight_at_zero: 1}", r"^training = .*'tdk'.* no methods"),
+        ("calibration.shifts=[0, 0.5]", r"^calibration = .*0\.5 later are those of the test"),
+        ("calibration.shifts=[1]", r"^calibration\.shifts\.0 = 1: Input should be less than 1"),
+        ("calibration.images=3", r"^calibration = .*fewer images than shifts"),
         ("int8_methods=[lsq]", r"^int8_methods = \['lsq'\]: .*lsq and tdq are needed"),
         ("int8_methods=[lsq, tdq, dynamic]", r"^int8_methods = .*dynamic has no table"),
         ("calibration.images=0", r"^calibration\.images = 0: Input should be greater than 0"),

@@ -1,0 +1,189 @@
+"""Configuration of the PTQ recipe."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationInfo, field_validator
+
+from tdq_plugin.errors import ConfigError
+from tdq_plugin.recipes.bits import Bits
+from tdq_plugin.recipes.config import RecipeConfig
+from tdq_plugin.recipes.frameworks import Framework, FrameworkName
+from tdq_plugin.recipes.ptq_methods import METHODS
+from tdq_plugin.reconstruct import Granularity, ReconstructionConfig, TimestepDistribution
+
+__all__ = ["PTQConfig"]
+
+MODEL = Path(__file__).parent / "assets" / "ddim-digits"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CalibrationSection(_Section):
+    """Calibration data: `images` trajectories of the float model, within `byte_budget`.
+
+    The images are divided among `shifts`: by how much of the distance between two steps the
+    timesteps of a trajectory are later than those of the sampler. The evaluation's unseen
+    timesteps are 0.5 later.
+    """
+
+    images: int = Field(gt=0)
+    shifts: list[Annotated[float, Field(ge=0, lt=1)]] = Field(min_length=1)
+    distribution: TimestepDistribution
+    byte_budget: int = Field(gt=0)
+
+
+class ReconstructionSection(_Section):
+    """The training that `lsq`, `learned_table` and the `tdq` methods share.
+
+    `learn_rounding` also learns how weights are rounded (AdaRound); `null` does so where the
+    framework's weights allow it.
+    """
+
+    granularity: Granularity
+    iterations: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    learn_rounding: bool | None
+
+
+class TrainingSection(_Section):
+    """How one method is trained: learning rate, and weight of the error at t = 0.
+
+    Zero points learn ten times as fast.
+    """
+
+    learning_rate: PositiveFloat
+    weight_at_zero: float = Field(ge=0)
+
+
+class EvaluationSection(_Section):
+    """Images drawn per method, float trajectories followed, and the seed of their noise."""
+
+    samples: int = Field(ge=100)
+    trajectories: int = Field(gt=0)
+    seed: int
+
+
+class PTQConfig(RecipeConfig):
+    """Configuration of `ddim-digits-ptq`.
+
+    Attributes:
+        adapter: The quantization framework.
+        bits: Bits of weights and activations, for example `W8A4`; the first and last layer keep 8.
+        steps: Steps of the DDIM sampler; calibration uses the same. At most half of the process,
+            so that there are timesteps between them that calibration never saw.
+        int8_methods: Rows of the report that run as deployed, on integer kernels where the
+            framework has them.
+        fake_methods: Rows that run as fake quantization; a method may be in both.
+        calibration: Where calibration data come from.
+        reconstruction: How scales are trained.
+        training: What is tuned for each trained method.
+        evaluation: What the methods are measured on.
+        latency_rounds: Paired timings of the integer model.
+        model: Folder of the float model, a saved diffusers pipeline.
+    """
+
+    adapter: FrameworkName
+    bits: str = Field(pattern=r"^W[2-8]A[2-8]$")
+    steps: int = Field(ge=2, le=500)
+    int8_methods: list[str]
+    fake_methods: list[str]
+    calibration: CalibrationSection
+    reconstruction: ReconstructionSection
+    training: dict[str, TrainingSection]
+    evaluation: EvaluationSection
+    latency_rounds: int = Field(ge=2)
+    model: Path = MODEL
+
+    @field_validator("name")
+    @classmethod
+    def _can_be_filled_in(cls, name: str) -> str:
+        try:
+            name.format(adapter="torch_ao", bits="W8A4", steps=20, seed=0)
+        except (KeyError, IndexError, ValueError):
+            raise ValueError("only {adapter}, {bits}, {steps} and {seed} are filled in") from None
+        return name
+
+    @field_validator("training", "int8_methods", "fake_methods")
+    @classmethod
+    def _known_methods(cls, names: Any) -> Any:
+        unknown = sorted(set(names) - set(METHODS))
+        if unknown:
+            raise ValueError(f"{unknown} are no methods; choose from {list(METHODS)}")
+        return names
+
+    @field_validator("int8_methods")
+    @classmethod
+    def _have_tables(cls, names: list[str]) -> list[str]:
+        dynamic = [name for name in names if METHODS[name].dynamic]
+        if dynamic or not {"lsq", "tdq"} <= set(names):
+            raise ValueError(f"{dynamic or names}: lsq and tdq are needed, dynamic has no table")
+        return names
+
+    @field_validator("calibration")
+    @classmethod
+    def _leave_timesteps_unseen(cls, calibration: CalibrationSection) -> CalibrationSection:
+        if 0.5 in calibration.shifts:
+            raise ValueError("shifts: the timesteps that are 0.5 later are those of the test")
+        if calibration.images < len(calibration.shifts):
+            raise ValueError("fewer images than shifts")
+        return calibration
+
+    @field_validator("training")
+    @classmethod
+    def _cover_trained_methods(cls, training: dict[str, Any], info: ValidationInfo) -> Any:
+        used = {*info.data.get("int8_methods", []), *info.data.get("fake_methods", [])}
+        missing = [name for name in used if METHODS[name].trained and name not in training]
+        if missing:
+            raise ValueError(f"{sorted(missing)} are trained and have no entry")
+        return training
+
+    @field_validator("evaluation")
+    @classmethod
+    def _other_noise(cls, evaluation: EvaluationSection, info: ValidationInfo) -> Any:
+        if evaluation.seed == info.data.get("seed"):
+            raise ValueError("with the same seed, calibration would see the noise of the test")
+        return evaluation
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the results go; `{adapter}`, `{bits}`, `{steps}` and `{seed}` are filled in."""
+        filled = self.model_dump(include={"adapter", "bits", "steps", "seed"})
+        return self.output / self.name.format(**filled)
+
+    @property
+    def methods(self) -> list[str]:
+        """All methods of the report, in the order of `METHODS`."""
+        return [name for name in METHODS if name in {*self.int8_methods, *self.fake_methods}]
+
+    @property
+    def widths(self) -> Bits:
+        """The bits as numbers."""
+        return Bits(int(self.bits[1]), int(self.bits[3]))
+
+    def learns_rounding(self, framework: Framework) -> bool:
+        """Whether trained methods learn how weights are rounded.
+
+        Raises:
+            ConfigError: They shall, and the framework's weights do not allow it.
+        """
+        wanted = self.reconstruction.learn_rounding
+        if wanted and not framework.learns_rounding:
+            raise ConfigError(
+                f"reconstruction.learn_rounding = true: {self.adapter} rounds weights itself. "
+                "Set it to false or null."
+            )
+        return framework.learns_rounding if wanted is None else wanted
+
+    def reconstruction_of(self, method: str, framework: Framework) -> ReconstructionConfig:
+        """How a trained method's scales are trained."""
+        rate = self.training[method].learning_rate
+        return ReconstructionConfig(
+            **self.reconstruction.model_dump(exclude={"learn_rounding"}),
+            learn_rounding=self.learns_rounding(framework),
+            learning_rate=rate,
+            zero_point_learning_rate=10 * rate,
+            seed=self.seed,
+        )
