@@ -1,33 +1,32 @@
 """`attach`: give a prepared model the one module that sees the timestep."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 from torch import nn
 
-from tdq_plugin.errors import AdapterError
-from tdq_plugin.grid import QuantizationGrid
+from tdq_plugin.errors import AdapterError, ConfigError
 from tdq_plugin.quantizer import ActivationQuantizer
 from tdq_plugin.registry import adapter_for
-from tdq_plugin.scales.bank import ScaleBank, TrainableBank
+from tdq_plugin.scales.bank import BankFactory, ScaleBank
 from tdq_plugin.scales.generator import GeneratorBank
 from tdq_plugin.table import check_names
 
 __all__ = ["attach", "named_quantizers", "scale_bank", "set_scale_bank"]
 
 Model = TypeVar("Model", bound=nn.Module)
-BankFactory = Callable[[Mapping[str, QuantizationGrid]], TrainableBank]
 
 
 def attach(
-    model: Model, bank: BankFactory = GeneratorBank, timestep_argument: str | None = None
+    model: Model, bank: BankFactory | None = None, timestep_argument: str | None = None
 ) -> Model:
     """Attach a scale bank to a model that a framework has prepared; in place.
 
     Args:
         model: The prepared model.
         bank: Makes the bank from the grids by quantizer name. `GeneratorBank` is TDQ; pass
-            `functools.partial(GeneratorBank, config=...)` to configure it, or another bank.
+            `functools.partial(GeneratorBank, config=...)` to configure it, or another bank. By
+            default the one that the framework's configuration asks for, else `GeneratorBank`.
         timestep_argument: Name of forward's argument that holds the timestep, if it is not
             `timestep`, `timesteps` or `t`.
 
@@ -36,6 +35,7 @@ def attach(
 
     Raises:
         AdapterError: No adapter covers the model, it is attached already, or it has no quantizers.
+        ConfigError: No bank is given, and the quantizers' configurations ask for different ones.
         TimestepError: The model's forward has no timestep argument.
     """
     if hasattr(model, "scale_bank"):
@@ -49,9 +49,21 @@ def attach(
         )
     for name, quantizer in quantizers.items():
         quantizer.name = name
-    model.scale_bank = bank({name: q.grid for name, q in quantizers.items()})
+    make = bank or _agreed_bank(quantizers)
+    model.scale_bank = make({name: q.grid for name, q in quantizers.items()})
     adapter.connect(model, timestep_argument)
     return model
+
+
+def _agreed_bank(quantizers: Mapping[str, ActivationQuantizer]) -> BankFactory:
+    asked = {quantizer.bank: name for name, quantizer in quantizers.items()}
+    if len(asked) > 1:
+        shown = "; ".join(f"{name!r} asks for {bank or 'none'}" for bank, name in asked.items())
+        raise ConfigError(
+            f"A model has one scale bank, and its quantizers ask for different ones: {shown}. "
+            "Configure them alike, or give attach the bank."
+        )
+    return next(iter(asked)) or GeneratorBank
 
 
 def scale_bank(model: nn.Module) -> ScaleBank:

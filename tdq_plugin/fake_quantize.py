@@ -1,22 +1,41 @@
-"""Quantize and dequantize, with the LSQ gradients (Esser et al., arXiv 1902.08153, eq. 1 to 5)."""
+"""Quantize and dequantize, with the gradients of LSQ or of PACT.
 
-from typing import Any
+LSQ: Esser et al., arXiv 1902.08153, eq. 1 to 5. PACT: Choi et al., arXiv 1805.06085, eq. 1 to 3.
+"""
+
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tdq_plugin.errors import ScaleError
 
-__all__ = ["fake_quantize", "gradient_scale", "per_sample", "quantize", "round_straight_through"]
+__all__ = [
+    "StepGradient",
+    "fake_quantize",
+    "gradient_scale",
+    "per_sample",
+    "quantize",
+    "round_straight_through",
+]
+
+StepGradient = Literal["lsq", "pact"]
 
 
 def fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    step_gradient: StepGradient = "lsq",
 ) -> Tensor:
     """Round `x` to the grid: `(clip(round(x / scale) + zero_point) - zero_point) * scale`.
 
-    The gradient of `x` is the straight-through one: 1 inside the range, 0 outside. The gradients
-    of `scale` and `zero_point` are LSQ's closed form, times `gradient_scale`.
+    The gradient of `x` is the straight-through one: 1 inside the range, 0 outside. Where a value
+    is clipped to the limit `p * scale`, the gradient of `scale` is `p`. Inside the range it is the
+    rounding error in steps (LSQ, eq. 3), or 0 (PACT, eq. 3, whose parameter is the limit). LSQ's
+    gradients of `scale` and `zero_point` are multiplied by `gradient_scale`, PACT's are not.
 
     Args:
         x: Float tensor, samples along dimension 0.
@@ -24,6 +43,7 @@ def fake_quantize(
         zero_point: Integer valued float tensor, shape as `scale`.
         quant_min: Smallest code.
         quant_max: Largest code.
+        step_gradient: Whose gradient `scale` and `zero_point` get.
 
     Returns:
         Tensor like `x`.
@@ -39,9 +59,9 @@ def fake_quantize(
     """
     step, zero = per_sample(scale, x), per_sample(zero_point, x)
     if torch.is_grad_enabled() and (x.requires_grad or step.requires_grad or zero.requires_grad):
-        factor = gradient_scale(x, scale, quant_max)
+        factor = gradient_scale(x, scale, quant_max) if step_gradient == "lsq" else 1.0
         output: Tensor = _LearnedStep.apply(  # type: ignore[no-untyped-call]
-            x, step, zero, quant_min, quant_max, factor
+            x, step, zero, quant_min, quant_max, step_gradient, factor
         )
         return output
     return _levels(x * (1 / step), zero, quant_min, quant_max).mul_(step).to(x.dtype)
@@ -69,7 +89,8 @@ def per_sample(value: Tensor, x: Tensor) -> Tensor:
         raise ScaleError(f"A scale has shape () or (B,), not {tuple(value.shape)}.")
     if value.numel() == 1:
         return value.reshape(())
-    repeats, rest = divmod(x.shape[0], value.shape[0])
+    # Not divmod: Dynamo does not know it for symbolic sizes.
+    repeats, rest = x.shape[0] // value.shape[0], x.shape[0] % value.shape[0]
     if rest or repeats == 0:
         raise ScaleError(
             f"{value.shape[0]} scales cannot be spread over a leading dimension of {x.shape[0]}. "
@@ -116,12 +137,14 @@ class _LearnedStep(torch.autograd.Function):
         zero_point: Tensor,
         quant_min: int,
         quant_max: int,
+        step_gradient: StepGradient,
         factor: float,
     ) -> Tensor:
         steps = _steps(x, scale)
         levels = _levels(steps, zero_point, quant_min, quant_max)
         ctx.save_for_backward(steps, levels, scale, zero_point)
-        ctx.quant_min, ctx.quant_max, ctx.factor, ctx.dtype = quant_min, quant_max, factor, x.dtype
+        ctx.quant_min, ctx.quant_max, ctx.dtype = quant_min, quant_max, x.dtype
+        ctx.step_gradient, ctx.factor = step_gradient, factor
         return (levels * scale).to(x.dtype)
 
     @staticmethod
@@ -132,12 +155,14 @@ class _LearnedStep(torch.autograd.Function):
         low, high = ctx.quant_min - zero_point, ctx.quant_max - zero_point
         inside = torch.minimum(torch.maximum(steps, low), high).eq_(steps)
         gradient_x = gradient * inside
-        gradient_scale_ = _dot(gradient, levels, scale) - _dot(gradient_x, steps, scale)
+        gradient_scale_ = _dot(gradient, levels, scale)
+        gradient_scale_ -= _dot(gradient_x, steps if ctx.step_gradient == "lsq" else levels, scale)
         gradient_zero = (_total(gradient_x, scale) - _total(gradient, scale)) * scale
         return (
             gradient_x.to(ctx.dtype),
             gradient_scale_ * ctx.factor,
             gradient_zero * ctx.factor,
+            None,
             None,
             None,
             None,

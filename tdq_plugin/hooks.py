@@ -6,17 +6,24 @@ each quantizer hands it its row. Frameworks that replace modules share this road
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
 from tdq_plugin.attach import named_quantizers, scale_bank
-from tdq_plugin.errors import AdapterError, TimestepError
+from tdq_plugin.errors import AdapterError, CalibrationError, TimestepError
 from tdq_plugin.timestep import bind_timestep, find_timestep_argument
 
-__all__ = ["checkpoint_contexts", "connect_rows"]
+__all__ = [
+    "ScaleRow",
+    "at_timestep",
+    "checkpoint_contexts",
+    "connect_rows",
+    "disconnect_rows",
+    "scale_rows",
+]
 
 Rows = tuple[Tensor, Tensor]
 
@@ -36,12 +43,45 @@ def connect_rows(model: nn.Module, timestep_argument: str | None = None) -> None
     Raises:
         TimestepError: forward has no such argument.
     """
-    name = find_timestep_argument(model.forward, timestep_argument)
-    current = _CurrentRows(name)
+    rows = scale_rows(model, timestep_argument)
+    for row, (_, quantizer) in zip(rows, named_quantizers(model), strict=True):
+        quantizer.register_forward_pre_hook(row)
+
+
+def scale_rows(model: nn.Module, timestep_argument: str | None = None) -> list["ScaleRow"]:
+    """As `connect_rows`, for a framework that hands the rows to its quantizers itself.
+
+    Returns:
+        One row for each quantizer, in the order of the bank.
+    """
+    signature = inspect.signature(model.forward)
+    current = _CurrentRows(find_timestep_argument(signature, timestep_argument), signature)
     model.register_forward_pre_hook(current.begin, with_kwargs=True)
     model.register_forward_hook(current.end, always_call=True)
-    for row, (_, quantizer) in enumerate(named_quantizers(model)):
-        quantizer.register_forward_pre_hook(_Row(current, row))
+    return [ScaleRow(current, row) for row in range(len(scale_bank(model).names))]
+
+
+def disconnect_rows(model: nn.Module) -> None:
+    """Undo `connect_rows` on the model itself; its quantizers keep their hooks."""
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), _CurrentRows):
+                del hooks[key]
+
+
+@contextmanager
+def at_timestep(model: nn.Module, timestep: Tensor | float) -> Iterator[None]:
+    """Within the block, parts of a model run for a timestep, outside of a call of the model.
+
+    Args:
+        model: The attached model that the parts belong to.
+        timestep: As the model takes it.
+
+    Raises:
+        AdapterError: The model's scales do not travel by hooks.
+    """
+    with _current_rows(model).given(scale_bank(model)(timestep)):
+        yield
 
 
 def checkpoint_contexts(
@@ -63,6 +103,11 @@ def checkpoint_contexts(
         AdapterError: The model's scales do not travel by hooks.
         TimestepError: No call of the model is running.
     """
+    current = _current_rows(model)
+    return nullcontext(), current.given(current.take())
+
+
+def _current_rows(model: nn.Module) -> "_CurrentRows":
     owners = [getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()]
     current = next((owner for owner in owners if isinstance(owner, _CurrentRows)), None)
     if current is None:
@@ -70,37 +115,46 @@ def checkpoint_contexts(
             f"This {type(model).__name__} has no scale hooks. Give the model that was attached; "
             "a graph needs no such context."
         )
-    return nullcontext(), current.given(current.take())
+    return current
 
 
 class _CurrentRows:
-    """The rows of the call of one model that runs in this thread; None between calls."""
+    """The rows of the call of one model that runs in this thread; None between calls.
 
-    def __init__(self, timestep_argument: str) -> None:
-        self.timestep_argument = timestep_argument
+    The signature is that of the model's own forward: tools exchange it for one of `*args`.
+    """
+
+    def __init__(self, timestep_argument: str, signature: inspect.Signature) -> None:
+        self.timestep_argument, self.signature = timestep_argument, signature
         self._local = threading.local()
 
-    def __reduce__(self) -> tuple[Callable[[str], "_CurrentRows"], tuple[str]]:
+    def __reduce__(self) -> tuple[type["_CurrentRows"], tuple[str, inspect.Signature]]:
         # Copies and pickles start empty: what a thread computes is no part of the model.
-        return _CurrentRows, (self.timestep_argument,)
+        return _CurrentRows, (self.timestep_argument, self.signature)
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._local.rows = None
-        signature = inspect.signature(model.forward)
-        timestep = bind_timestep(signature, self.timestep_argument, args, kwargs)
-        self._local.rows = scale_bank(model)(timestep)
+        timestep = bind_timestep(self.signature, self.timestep_argument, args, kwargs)
+        try:
+            self._local.rows = scale_bank(model)(timestep)
+        except CalibrationError as error:
+            # Whether it matters, the quantizers know: a framework may have switched them off.
+            self._local.rows = error
 
     def end(self, *_: Any) -> None:
         self._local.rows = None
 
     def take(self) -> Rows:
-        rows: Rows | None = getattr(self._local, "rows", None)
+        rows: Rows | CalibrationError | None = getattr(self._local, "rows", None)
         if rows is None:
             raise TimestepError(
                 "A quantizer ran outside of a call of its model, so its timestep is unknown. Call "
-                "the attached model itself, with its timestep; activation checkpointing needs "
+                "the attached model itself, with its timestep; a part of it runs within "
+                "tdq_plugin.hooks.at_timestep, and activation checkpointing needs "
                 "tdq_plugin.hooks.checkpoint_contexts."
             )
+        if isinstance(rows, CalibrationError):
+            raise rows
         return rows
 
     @contextmanager
@@ -113,12 +167,24 @@ class _CurrentRows:
             self._local.rows = previous
 
 
-class _Row:
-    """Hook of one quantizer: adds its scale and zero point to the arguments."""
+class ScaleRow:
+    """Gives one quantizer its scale and zero point in the call that runs.
+
+    As a forward pre-hook of the quantizer, it adds them to the arguments.
+    """
 
     def __init__(self, current: _CurrentRows, row: int) -> None:
-        self.current, self.row = current, row
+        self._current, self.row = current, row
+
+    def take(self) -> Rows:
+        """Scale and zero point, shape `(B,)` each.
+
+        Raises:
+            TimestepError: No call of the model is running.
+            CalibrationError: The bank has no scales yet.
+        """
+        scales, zero_points = self._current.take()
+        return scales[self.row], zero_points[self.row]
 
     def __call__(self, quantizer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        scales, zero_points = self.current.take()
-        return (*args, scales[self.row], zero_points[self.row])
+        return (*args, *self.take())

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from tdq_plugin.errors import AdapterError
-from tdq_plugin.fake_quantize import fake_quantize
+from tdq_plugin.fake_quantize import StepGradient, fake_quantize
 from tdq_plugin.grid import QuantizationGrid
-from tdq_plugin.scales.bank import SCALE_FLOOR
+from tdq_plugin.pseudo_quantize import pseudo_quantize
+from tdq_plugin.scales.bank import SCALE_FLOOR, BankFactory
 
-__all__ = ["ActivationQuantizer", "QuantizerMode", "dynamic_range"]
+__all__ = ["ActivationQuantizer", "Estimator", "QuantizerMode", "dynamic_range"]
 
+Estimator = Literal["lsq", "pact", "nipq"]
 QuantizerMode = Literal["quantize", "observe", "off", "dynamic"]
 
 
@@ -23,9 +25,13 @@ class ActivationQuantizer(nn.Module):
 
     Attributes:
         name: Its row in the scale bank; set by `tdq_plugin.attach`.
+        bank: The scale bank that the framework's configuration asks for, if it does.
         mode: `quantize` by the given scale, `observe` and pass `x` through, `off`, or `dynamic`:
             ignore the given scale and take each sample's own minimum and maximum (the
             input-dependent baseline).
+        estimator: How training sees the rounding: `lsq` and `pact` round and estimate the scale's
+            gradient (see `fake_quantize`), `nipq` adds noise instead while the module is in
+            training mode (see `pseudo_quantize`). In evaluation all three round.
         observed: Activations seen in mode `observe` since they were last taken away.
     """
 
@@ -33,7 +39,9 @@ class ActivationQuantizer(nn.Module):
         super().__init__()
         self.grid = grid
         self.name: str | None = None
+        self.bank: BankFactory | None = None
         self.mode: QuantizerMode = "quantize"
+        self.estimator: Estimator = "lsq"
         self.observed: list[Tensor] = []
 
     def forward(
@@ -61,7 +69,18 @@ class ActivationQuantizer(nn.Module):
                 "An activation quantizer was called without a scale. "
                 "Call tdq_plugin.attach(model) after the framework's prepare step."
             )
-        return fake_quantize(x, scale, zero_point, self.grid.quant_min, self.grid.quant_max)
+        if self.estimator == "nipq" and self.training:
+            codes = self.grid.quant_min, self.grid.quant_max
+            return pseudo_quantize(x, scale, zero_point, *codes)
+        gradient: StepGradient = "pact" if self.estimator == "pact" else "lsq"
+        return self.round(x, scale, zero_point, gradient)
+
+    def round(
+        self, x: Tensor, scale: Tensor, zero_point: Tensor, gradient: StepGradient
+    ) -> Tensor:
+        """`fake_quantize` on the grid; a framework that rounds in its own way overrides it."""
+        codes = self.grid.quant_min, self.grid.quant_max
+        return fake_quantize(x, scale, zero_point, *codes, gradient)
 
 
 def dynamic_range(x: Tensor, grid: QuantizationGrid) -> tuple[Tensor, Tensor]:
@@ -69,7 +88,9 @@ def dynamic_range(x: Tensor, grid: QuantizationGrid) -> tuple[Tensor, Tensor]:
     flat = x.detach().reshape(x.shape[0], -1)
     low, high = flat.amin(dim=1).clamp(max=0), flat.amax(dim=1).clamp(min=0)
     if grid.symmetric:
-        scale = torch.maximum(high / grid.quant_max, low / grid.quant_min)
+        scale = high / grid.quant_max
+        if grid.signed:
+            scale = torch.maximum(scale, low / grid.quant_min)
         return scale.clamp(min=SCALE_FLOOR), torch.zeros_like(scale)
     scale = ((high - low) / (grid.quant_max - grid.quant_min)).clamp(min=SCALE_FLOOR)
     return scale, (grid.quant_min - (low / scale).round()).clamp(grid.quant_min, grid.quant_max)

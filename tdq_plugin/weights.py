@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from tdq_plugin.errors import CalibrationError
 from tdq_plugin.fake_quantize import fake_quantize, quantize
 from tdq_plugin.grid import QuantizationGrid
+from tdq_plugin.pseudo_quantize import pseudo_quantize
 from tdq_plugin.ranges import RangeMethod, search_range
 from tdq_plugin.scales.bank import SCALE_FLOOR
 
@@ -24,6 +25,8 @@ class WeightQuantizer(nn.Module):
         log_ratio: Learned; `scale = base_scale * exp(log_ratio)`. A plain scale of 1e-3 would be
             wrecked by a single Adam step at an ordinary learning rate.
         enabled: Whether the weight is quantized.
+        noise_in_training: Add NIPQ's noise instead of rounding while the module is in training
+            mode.
     """
 
     base_scale: Tensor
@@ -34,6 +37,7 @@ class WeightQuantizer(nn.Module):
         self.register_buffer("base_scale", torch.empty(0))
         self.log_ratio = nn.Parameter(torch.empty(0))
         self.enabled = True
+        self.noise_in_training = False
 
     @property
     def scale(self) -> Tensor:
@@ -55,7 +59,8 @@ class WeightQuantizer(nn.Module):
         if not self.enabled:
             return weight
         scale = self.positive_scale()
-        return fake_quantize(
+        noisy = self.noise_in_training and self.training
+        return (pseudo_quantize if noisy else fake_quantize)(
             weight, scale, torch.zeros_like(scale), self.grid.quant_min, self.grid.quant_max
         )
 

@@ -1,15 +1,15 @@
 """The road without a graph: layers are exchanged for fake-quantized ones, in place."""
 
-from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from tdq_plugin.adapters.torch_ao.fake_quantize import TDQFakeQuantize, initialise_weights
-from tdq_plugin.adapters.torch_ao.qconfig import choose_layers, tdq_qconfig
+from tdq_plugin.adapters.torch_ao.qconfig import tdq_qconfig
 from tdq_plugin.errors import AdapterError
 from tdq_plugin.hooks import connect_rows
+from tdq_plugin.layer_names import TIMESTEP_LAYERS, layers_to_quantize
 from tdq_plugin.quantizer import ActivationQuantizer
 from tdq_plugin.registry import register_adapter
 
@@ -21,17 +21,6 @@ __all__ = [
     "TorchAOEagerAdapter",
     "quantize_eager",
 ]
-
-TIMESTEP_LAYERS = (
-    "*time_emb*",
-    "*timestep_embedder*",
-    "*class_emb*",
-    "*time_text_embed*",
-    "*adaln_single*",
-    "*norm*.linear",
-    "proj_out_1",
-)
-"""Layers of diffusers' models that see the timestep or a class, and not the sample."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -121,9 +110,7 @@ def quantize_eager(
     if isinstance(model, fx.GraphModule):
         raise AdapterError("The model is a graph. Use torch.ao's prepare_qat_fx or prepare_fx.")
     layers = {path: module for path, module in model.named_modules() if type(module) in _QUANTIZED}
-    excluded = set(choose_layers(list(layers), float_layers))
-    excluded |= {path for path in layers if any(fnmatchcase(path, p) for p in timestep_layers)}
-    chosen = [path for path in layers if path not in excluded]
+    chosen = layers_to_quantize(list(layers), float_layers, timestep_layers)
     if not chosen:
         raise AdapterError(
             f"None of the {len(layers)} convolutions and linear layers of this "

@@ -1,7 +1,5 @@
 """Which layers torch.ao prepares, with how many bits."""
 
-from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -17,11 +15,11 @@ from torch.ao.quantization.backend_config import (
 )
 
 from tdq_plugin.adapters.torch_ao.fake_quantize import TDQFakeQuantize, TDQWeightFakeQuantize
-from tdq_plugin.errors import ConfigError
 from tdq_plugin.graph.compute import LAYERS, PRODUCTS, is_layer
 from tdq_plugin.graph.timestep_path import Source, sources
+from tdq_plugin.layer_names import choose_layers
 
-__all__ = ["choose_layers", "tdq_backend_config", "tdq_qconfig", "tdq_qconfig_mapping"]
+__all__ = ["tdq_backend_config", "tdq_qconfig", "tdq_qconfig_mapping"]
 
 _QAT_LAYERS = (qat.Conv1d, qat.Conv2d, qat.Linear)
 _ACTIVATIONS = (torch.quint8, torch.qint8)
@@ -80,30 +78,6 @@ def tdq_qconfig_mapping(
     for name in (*conditioning, *choose_layers([*layers, *conditioning], float_layers)):
         mapping = mapping.set_module_name(name, None)
     return mapping
-
-
-def choose_layers(layers: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """The layers that match any of the patterns: a name, a module above, or a wildcard.
-
-    Raises:
-        ConfigError: A pattern matches nothing.
-
-    Example:
-        >>> choose_layers(["conv_in", "mid.0.conv", "mid.1.conv"], ["mid.0", "*_in"])
-        ['conv_in', 'mid.0.conv']
-    """
-    chosen: set[str] = set()
-    for pattern in patterns:
-        matched = {
-            name for name in layers if fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
-        }
-        if not matched:
-            raise ConfigError(
-                f"{pattern!r} matches none of the model's {len(layers)} layers; "
-                f"the first are {list(layers[:3])}. Correct the name or the wildcard."
-            )
-        chosen |= matched
-    return [name for name in layers if name in chosen]
 
 
 def tdq_backend_config() -> BackendConfig:

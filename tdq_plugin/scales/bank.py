@@ -12,7 +12,14 @@ from tdq_plugin.fake_quantize import round_straight_through
 from tdq_plugin.grid import QuantizationGrid
 from tdq_plugin.timestep import as_timesteps
 
-__all__ = ["SCALE_FLOOR", "Output", "ScaleBank", "TrainableBank", "inverse_softplus"]
+__all__ = [
+    "SCALE_FLOOR",
+    "BankFactory",
+    "Output",
+    "ScaleBank",
+    "TrainableBank",
+    "inverse_softplus",
+]
 
 SCALE_FLOOR = 1e-12
 Output = Literal["exponential", "softplus"]
@@ -184,6 +191,9 @@ class TrainableBank(ScaleBank):
                 f"{missing[0]!r}. Run tdq_plugin.calibrate, or load a state dict."
             )
         self._calibrated = True
+
+
+BankFactory = Callable[[Mapping[str, QuantizationGrid]], TrainableBank]
 
 
 def inverse_softplus(value: Tensor) -> Tensor:

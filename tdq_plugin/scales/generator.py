@@ -103,9 +103,11 @@ class GeneratorBank(TrainableBank):
     def curves(self, timesteps: Tensor) -> Tensor:
         encoded = fourier_encoding(timesteps, self.frequencies)
         hidden = encoded.expand(len(self.names), *encoded.shape)
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
-            hidden = torch.baddbmm(bias, hidden, weight).relu()
-        return torch.baddbmm(self.biases[-1], hidden, self.weights[-1])
+        # Mixed precision would round the scales of all layers to bfloat16.
+        with torch.autocast(encoded.device.type, enabled=False):
+            for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+                hidden = torch.baddbmm(bias, hidden, weight).relu()
+            return torch.baddbmm(self.biases[-1], hidden, self.weights[-1])
 
     @torch.enable_grad()
     def fit(self, timesteps: Tensor, curves: Tensor, iterations: int = 400) -> None:

@@ -1,0 +1,69 @@
+"""Scales that travel by hooks, where a model is not called as a whole or not as it was."""
+
+import functools
+
+import pytest
+import torch
+from contract.networks import BATCHES, STEPS, TinyDenoiser
+from torch import nn
+
+import tdq_plugin as tdq
+from tdq_plugin.adapters.torch_ao import quantize_eager
+from tdq_plugin.errors import AdapterError, CalibrationError, TimestepError
+from tdq_plugin.hooks import at_timestep
+
+SAMPLE = BATCHES[2][0][:4]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    attached = tdq.attach(quantize_eager(TinyDenoiser().eval(), 4, 8), tdq.LearnedTableBank)
+    tdq.calibrate(attached, BATCHES)
+    return attached
+
+
+@pytest.mark.parametrize("timestep", [600, torch.tensor(STEPS[:4])])
+def test_a_part_at_a_timestep(model, timestep):
+    seen = []
+    handle = model.conv_in.register_forward_hook(lambda *call: seen.append(call[2]))
+    model(SAMPLE, timestep)
+    handle.remove()
+    with at_timestep(model, timestep):
+        assert torch.equal(model.conv_in(SAMPLE), seen[0])
+    with pytest.raises(TimestepError, match=r"a part of it runs within tdq_plugin\.hooks\.at_tim"):
+        model.conv_in(SAMPLE)
+
+
+def test_a_timestep_for_a_model_without_hooks():
+    with pytest.raises(AdapterError, match="has no scale hooks"), at_timestep(nn.Linear(1, 1), 5):
+        pass
+
+
+def test_a_forward_that_a_tool_has_replaced(model):
+    expected = model(SAMPLE, 250)
+    original = model.forward
+
+    def forward(*args, **kwargs):
+        return original(*args, **kwargs)
+
+    model.forward = forward
+    assert torch.equal(model(SAMPLE, 250), expected)
+    assert torch.equal(model(sample=SAMPLE, timestep=250), expected)
+    with pytest.raises(TimestepError, match="without its timestep argument"):
+        model(SAMPLE)
+    model.forward = functools.partial(original, timestep=250)
+    with pytest.raises(TimestepError, match="without its timestep argument"):
+        model(SAMPLE)
+
+
+def test_scales_that_are_missing_matter_to_whoever_wants_one():
+    model = tdq.attach(quantize_eager(TinyDenoiser().eval()))
+    with pytest.raises(CalibrationError, match=r"Run tdq_plugin\.calibrate"):
+        model(SAMPLE, 250)
+    with pytest.raises(CalibrationError, match=r"Run tdq_plugin\.calibrate"):
+        model(SAMPLE, 250)
+    for _, quantizer in tdq.named_quantizers(model):
+        quantizer._forward_pre_hooks.clear()
+        quantizer.mode = "off"
+    assert model(SAMPLE, 250).isfinite().all()
