@@ -1,7 +1,10 @@
 """The adapters that the contract is run against. A new adapter joins by a class in `ADAPTERS`."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
+from contract.brevitas_adapter import Brevitas
+from contract.nncf_adapter import NNCF
 from torch import nn
 from torch.ao.quantization.quantize_fx import prepare_fx, prepare_qat_fx
 
@@ -13,7 +16,7 @@ from tdq_plugin.adapters.torch_ao import (
     tdq_qconfig_mapping,
 )
 
-__all__ = ["ADAPTERS", "AdapterUnderTest"]
+__all__ = ["ADAPTERS", "AdapterUnderTest", "exportable", "inference"]
 
 
 class AdapterUnderTest(Protocol):
@@ -65,4 +68,22 @@ class TorchAOEager:
         return frozen
 
 
-ADAPTERS: list[AdapterUnderTest] = [TorchAOGraphQAT(), TorchAOGraphPTQ(), TorchAOEager()]
+ADAPTERS: list[AdapterUnderTest] = [
+    TorchAOGraphQAT(),
+    TorchAOGraphPTQ(),
+    TorchAOEager(),
+    Brevitas(),
+    NNCF(),
+]
+
+
+def exportable(adapter: AdapterUnderTest, frozen: nn.Module) -> nn.Module:
+    """The model that `torch.export` takes, where it is another one."""
+    convert_for_export = getattr(adapter, "exportable", lambda model: model)
+    return convert_for_export(frozen)
+
+
+def inference(adapter: AdapterUnderTest, frozen: nn.Module) -> AbstractContextManager[None]:
+    """The framework's own mode for compiling and exporting a frozen model, where it has one."""
+    mode = getattr(adapter, "inference", nullcontext)
+    return mode(frozen)

@@ -64,6 +64,7 @@ def test_number_of_timesteps_that_does_not_fit_the_batch(make):
         model(SAMPLE, torch.tensor([0, 100, 250]))
 
 
+@pytest.mark.needs("calibration")
 def test_call_before_calibration(attach_only):
     with pytest.raises(CalibrationError, match=r"Run tdq_plugin\.calibrate"):
         attach_only()(SAMPLE, 250)

@@ -14,6 +14,7 @@ from tdq_plugin.weights import WeightQuantizer
 SAMPLE = BATCHES[2][0][:4]
 
 
+@pytest.mark.needs("torch's rounding")
 @pytest.mark.parametrize("bits", [8, 4])
 def test_constant_bank_is_the_static_quantizer_bit_for_bit(make, bits):
     model = make(tdq.ConstantBank, activations=bits, weights=bits)
@@ -30,6 +31,7 @@ def test_constant_bank_is_the_static_quantizer_bit_for_bit(make, bits):
         assert torch.equal(model(SAMPLE, 250), ours)
 
 
+@pytest.mark.needs("torch's rounding")
 def test_ties_are_rounded_as_the_framework_rounds_them(make):
     model = make(tdq.ConstantBank)
     with torch.no_grad(), recorded_calls(model) as calls:
@@ -95,12 +97,9 @@ def test_mixed_timesteps_equal_the_samples_one_by_one(make):
     for row, (name, call) in enumerate(calls.items()):
         scales, zero_points = model.scale_bank.rows(steps.float())
         row = model.scale_bank.names.index(name)
-        grid = quantizers[name].grid
         inputs, outputs = call.x.chunk(4), call.output.chunk(4)
         for i, (x, output) in enumerate(zip(inputs, outputs, strict=True)):
-            alone = tdq.fake_quantize.fake_quantize(
-                x, scales[row, i], zero_points[row, i], grid.quant_min, grid.quant_max
-            )
+            alone = quantizers[name].forward(x, scales[row, i : i + 1], zero_points[row, i : i + 1])
             assert torch.equal(alone, output), name
     # A convolution over a batch may sum in another order than over one sample.
     torch.testing.assert_close(mixed, single, rtol=1e-4, atol=1e-5)
@@ -121,9 +120,12 @@ def test_all_adapters_give_the_same_values(tmp_path, bits):
         with torch.no_grad():
             results[adapter.name] = [run(SAMPLE, step) for step in STEPS]
     reference = results.pop(ADAPTERS[0].name)
-    for name, outputs in results.items():
-        for ours, theirs in zip(outputs, reference, strict=True):
-            assert torch.equal(ours, theirs), name
+    for adapter in ADAPTERS[1:]:
+        for ours, theirs in zip(results[adapter.name], reference, strict=True):
+            if "torch's rounding" in getattr(adapter, "lacks", {}):
+                assert (ours - theirs).norm() < 2e-3 * theirs.norm()
+            else:
+                assert torch.equal(ours, theirs), adapter.name
 
 
 def test_training_a_copy_leaves_the_original(make):

@@ -1,0 +1,58 @@
+"""Brevitas' `calibration_mode` on an attached model."""
+
+from contextlib import ExitStack
+
+from torch import nn
+
+from tdq_plugin.attach import scale_bank
+from tdq_plugin.calibrate import calibration, initialise_scales
+from tdq_plugin.errors import AdapterError
+from tdq_plugin.observe import TimestepObserver
+from tdq_plugin.scales.bank import TrainableBank
+
+__all__ = ["CalibrationMode"]
+
+
+class CalibrationMode(nn.Module):
+    """Observes all quantizers of a model while Brevitas calibrates, then sets its scale bank.
+
+    `calibration_mode` looks for modules that have `collect_stats_steps`, which it raises when the
+    block begins, and `init_scale`, which it calls when the block ends. `attach` adds this one to
+    the model.
+
+    Args:
+        model: The attached model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        # In a list, so that the model is no submodule of its own.
+        self._owner = [model]
+        self._stack = ExitStack()
+        self._observers: dict[str, TimestepObserver] | None = None
+
+    @property
+    def collect_stats_steps(self) -> int:
+        """0; raised by Brevitas."""
+        return 0
+
+    @collect_stats_steps.setter
+    def collect_stats_steps(self, steps: int) -> None:
+        (model,) = self._owner
+        bank = scale_bank(model)
+        if not isinstance(bank, TrainableBank):
+            raise AdapterError(f"A {type(bank).__name__} cannot be calibrated: it is frozen.")
+        self._observers = self._stack.enter_context(calibration(model))
+
+    def init_scale(self) -> None:
+        """End the observation and set the scales, as `tdq_plugin.calibrate` does.
+
+        Raises:
+            CalibrationError: No data were seen.
+        """
+        if self._observers is None:
+            return
+        observers, self._observers = self._observers, None
+        self._stack.close()
+        observations = {name: observer.result() for name, observer in observers.items()}
+        initialise_scales(scale_bank(self._owner[0]), observations)

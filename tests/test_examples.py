@@ -1,0 +1,35 @@
+"""The example scripts run, shortened."""
+
+import importlib.util
+from pathlib import Path
+
+import onnx
+import torch
+
+FOLDER = Path(__file__).parents[1] / "examples"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_example_is_tested():
+    assert {path.stem for path in FOLDER.glob("*.py")} == {"brevitas_qat"}
+
+
+def test_brevitas_qat(tmp_path, capsys):
+    example = load("brevitas_qat")
+    before, after = example.main(steps=2, sampling_steps=2, results=tmp_path)
+    assert "step 0: loss" in capsys.readouterr().out
+    assert 0 < after != before
+    assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
+    onnx.checker.check_model(tmp_path / "model.onnx")
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    # A second run starts where the first one ended.
+    example.main(steps=0, sampling_steps=2, results=tmp_path)
+    resumed = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert saved.keys() == resumed.keys()
+    assert all(torch.equal(saved[name], resumed[name]) for name in saved)
