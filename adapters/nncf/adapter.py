@@ -1,0 +1,55 @@
+"""How a scale bank is attached to a model that `nncf.quantize` and `prepare` made."""
+
+import torch
+from nncf.torch.function_hook import get_hook_storage
+from nncf.torch.function_hook.wrapper import is_wrapped
+from nncf.torch.quantization.layers import BaseQuantizer
+from torch import nn
+
+from tdq_plugin.adapters.nncf.quantizer import TDQQuantizer
+from tdq_plugin.attach import scale_bank
+from tdq_plugin.errors import AdapterError
+from tdq_plugin.hooks import connect_rows
+from tdq_plugin.quantizer import ActivationQuantizer
+from tdq_plugin.registry import register_adapter
+from tdq_plugin.scales.bank import TrainableBank
+
+__all__ = ["NNCFAdapter"]
+
+
+@register_adapter("nncf")
+class NNCFAdapter:
+    """Models from `nncf.quantize`; the bank starts at NNCF's static ranges for every t."""
+
+    @staticmethod
+    def covers(model: nn.Module) -> bool:
+        return is_wrapped(model) and any(
+            isinstance(hook, TDQQuantizer | BaseQuantizer)
+            for _, hook in get_hook_storage(model).named_hooks()
+        )
+
+    @staticmethod
+    def quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+        found = _tdq_quantizers(model)
+        if not found:
+            raise AdapterError(
+                "The model is as nncf.quantize returned it. Call "
+                "tdq_plugin.adapters.nncf.prepare(model, example_inputs) first. By default NNCF "
+                "quantizes the timestep, too: nncf.quantize needs **tdq_quantize_settings()."
+            )
+        return {str(quantizer.name): quantizer for quantizer in found}
+
+    @staticmethod
+    def connect(model: nn.Module, timestep_argument: str | None) -> None:
+        bank = scale_bank(model).to(_tdq_quantizers(model)[0].static_low.device)
+        if isinstance(bank, TrainableBank):
+            start = [(q.static_scale, q.static_zero_point) for q in _tdq_quantizers(model)]
+            scales, zero_points = torch.tensor(start, device=bank.device).unbind(1)
+            bank.set_static(scales, zero_points)
+        connect_rows(model, timestep_argument)
+
+
+def _tdq_quantizers(model: nn.Module) -> list[TDQQuantizer]:
+    """In order of execution: rows must not move when a model is restored."""
+    found = {hook for _, hook in get_hook_storage(model).named_hooks()}
+    return sorted((q for q in found if isinstance(q, TDQQuantizer)), key=lambda q: q.order)

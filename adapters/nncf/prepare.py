@@ -1,0 +1,145 @@
+"""`prepare`: give the quantizers that `nncf.quantize` placed to TDQ."""
+
+from collections import Counter
+from typing import Any, TypeVar
+
+from nncf.torch.function_hook import get_hook_storage
+from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
+from nncf.torch.function_hook.wrapper import is_wrapped
+from nncf.torch.quantization.layers import BaseQuantizer
+from torch import nn
+
+from tdq_plugin.adapters.nncf.placement import Site, find_sites, layers
+from tdq_plugin.adapters.nncf.quantizer import TDQQuantizer
+from tdq_plugin.adapters.nncf.weights import weight_quantizer
+from tdq_plugin.errors import AdapterError, TimestepError
+from tdq_plugin.grid import activation_grid
+from tdq_plugin.timestep import find_timestep_argument
+
+__all__ = ["prepare"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def prepare(
+    model: Model,
+    example_inputs: tuple[Any, ...] | dict[str, Any],
+    activation_bits: int = 8,
+    weight_bits: int = 8,
+    first_last_bits: int | None = 8,
+    timestep_argument: str | None = None,
+) -> Model:
+    """Exchange NNCF's activation quantizers for TDQ's; in place. `tdq_plugin.attach` comes next.
+
+    NNCF's quantizers of the operands of layers and matrix products are kept, with the ranges that
+    `nncf.quantize` found; those of other values (before an interpolation, after the last layer)
+    are removed. Weight quantizers stay NNCF's own.
+
+    Args:
+        model: What `nncf.quantize` returned.
+        example_inputs: One call of the model, as `nncf.Dataset` gives it: NNCF's hooks alone do
+            not say which layers they belong to. The timestep must be a tensor.
+        activation_bits: 2 to 8.
+        weight_bits: 2 to 8.
+        first_last_bits: Bits of the first and last layer, as is usual; None treats them as others.
+        timestep_argument: Name of forward's argument that holds the timestep, if it is not
+            `timestep`, `timesteps` or `t`.
+
+    Returns:
+        The model.
+
+    Raises:
+        AdapterError: NNCF did not quantize the model, it quantized the timestep's path, or it
+            made a quantizer that TDQ cannot use. The model is as it was.
+        ConfigError: Bits are not 2 to 8.
+        TimestepError: The model has no timestep argument, or the example gives no tensor for it.
+    """
+    for bits in {activation_bits, weight_bits, first_last_bits or 8}:
+        activation_grid(bits)
+    sites = _sites(model, example_inputs, timestep_argument)
+    names = layers(sites)
+    outer = {*names[:1], *names[-1:]} if first_last_bits is not None else set()
+
+    def bits_of(site: Site, bits: int) -> int:
+        is_outer = any(operand.layer in outer for operand in site.operands)
+        return first_last_bits if is_outer and first_last_bits is not None else bits
+
+    exchanged: list[tuple[Site, nn.Module]] = []
+    for site in sites:
+        if site.weight is not None:
+            weight = model.get_parameter(site.weight)
+            bits = bits_of(site, weight_bits)
+            exchanged.append((site, weight_quantizer(site.quantizer, weight, bits)))
+    named = _name([site for site in sites if site.weight is None and site.operands])
+    for order, (name, site) in enumerate(named.items()):
+        site.quantizer.num_bits = bits_of(site, activation_bits)
+        exchanged.append((site, TDQQuantizer.from_native(site.quantizer, name, order)))
+    _exchange(model, sites, exchanged)
+    return model
+
+
+def _sites(model: nn.Module, example_inputs: Any, timestep_argument: str | None) -> list[Site]:
+    """The quantizers of the model, all of which TDQ can use."""
+    if not is_wrapped(model) or not any(isinstance(m, BaseQuantizer) for m in model.modules()):
+        raise AdapterError(
+            f"This {type(model).__name__} has no quantizers of NNCF. Give what "
+            "nncf.quantize(model, dataset, **tdq_quantize_settings()) returned."
+        )
+    timestep = find_timestep_argument(model.forward, timestep_argument)
+    graph = build_nncf_graph(model, example_inputs)
+    inputs = [node.node_name for node in graph.get_input_nodes()]
+    if timestep not in inputs:
+        raise TimestepError(
+            f"The example inputs have tensors for {inputs}, but none for the timestep "
+            f"{timestep!r}. Give it as a tensor."
+        )
+    sites = find_sites(model, graph)
+    sample = next(name for name in inputs if name != timestep)
+    for site in sites:
+        _check(site, timestep, sample)
+    return sites
+
+
+def _check(site: Site, timestep: str, sample: str) -> None:
+    if timestep in site.inputs and sample not in site.inputs:
+        raise AdapterError(
+            f"NNCF quantized the timestep's own path: {site.hooks[0]!r} depends on {timestep!r} "
+            f"and not on {sample!r}, so near timesteps become one. Call "
+            "nncf.quantize(model, dataset, **tdq_quantize_settings()); timestep_patterns names the "
+            "operations of the timestep's path."
+        )
+    if site.weight is None and site.quantizer.per_channel:
+        raise AdapterError(
+            f"NNCF's quantizer {site.hooks[0]!r} has a scale for each channel of an activation; "
+            "TDQ has one for each timestep. Call nncf.quantize with per_channel=False in "
+            "activations_quantization_params, as in tdq_quantize_settings()."
+        )
+
+
+def _name(sites: list[Site]) -> dict[str, Site]:
+    """Name each quantizer by its first consumer, as the other adapters do."""
+    named: dict[str, Site] = {}
+    products: dict[int, str] = {}
+    calls: Counter[str] = Counter()
+    for site in sites:
+        operand = site.operands[0]
+        if operand.layer is not None:
+            name = f"{operand.layer}.input"
+            calls[name] += 1
+            name = f"{name}.{calls[name] - 1}" if calls[name] > 1 else name
+        else:
+            product = products.setdefault(operand.operation, f"product.{len(products)}")
+            name = f"{product}.{operand.port}"
+        named[name] = site
+    return named
+
+
+def _exchange(model: nn.Module, sites: list[Site], exchanged: list[tuple[Site, nn.Module]]) -> None:
+    storage = get_hook_storage(model)
+    for site, module in exchanged:
+        for hook in site.hooks:
+            storage.set_submodule(hook, module.train(model.training))
+    kept = {hook for site, _ in exchanged for hook in site.hooks}
+    for site in sites:
+        for hook in set(site.hooks) - kept:
+            storage.delete_hook(hook)

@@ -1,0 +1,157 @@
+"""`strip`: a frozen model without NNCF's quantizers, for `torch.export` and OpenVINO."""
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from nncf.torch.function_hook import get_hook_storage
+from nncf.torch.function_hook.wrapper import is_wrapped
+from nncf.torch.quantization.layers import BaseQuantizer
+from torch import Tensor, nn
+
+from tdq_plugin.adapters.nncf.plain import FakeQuantizeWeight, Ratios, RescaledFakeQuantize
+from tdq_plugin.adapters.nncf.quantizer import TDQQuantizer, is_traced
+from tdq_plugin.attach import named_quantizers, scale_bank
+from tdq_plugin.errors import AdapterError, TimestepError
+from tdq_plugin.hooks import disconnect_rows
+from tdq_plugin.scales.frozen import FrozenBank
+from tdq_plugin.timestep import as_timesteps, find_timestep_argument
+
+__all__ = ["StrippedModel", "strip"]
+
+
+def strip(model: nn.Module, timestep_argument: str | None = None) -> "StrippedModel":
+    """Replace all quantizers of a frozen model by torch's operators; on a copy.
+
+    Every activation quantizer becomes `g(t) * FakeQuantize(x / g(t))`, whose fake quantization is
+    constant, every weight quantizer a plain fake quantization. NNCF's own `nncf.strip` knows
+    8 bits only, and its result cannot be exported by torch.
+
+    Args:
+        model: From `prepare`, `attach` and `freeze`.
+        timestep_argument: As for `attach`.
+
+    Returns:
+        A module `forward(sample, timestep)` that returns a tensor. It can be traced and exported,
+        with one timestep for each call and any batch size.
+
+    Raises:
+        AdapterError: The model is not frozen or not NNCF's, its table interpolates, or its zero
+            points move with t.
+    """
+    bank = scale_bank(model)
+    if not is_wrapped(model):
+        raise AdapterError(
+            f"This {type(model).__name__} has no hooks of NNCF. Give a model that was quantized by "
+            "nncf.quantize and prepared by tdq_plugin.adapters.nncf.prepare."
+        )
+    if not isinstance(bank, FrozenBank):
+        raise AdapterError(
+            f"The model's bank is a {type(bank).__name__}. Call tdq_plugin.freeze(model, "
+            "timesteps) before strip."
+        )
+    if bank.lookup == "linear" or bank.zero_points.shape[0] > 1:
+        raise AdapterError(
+            "A stripped model has constant zero points and reads rows of its table; this one has "
+            f"lookup={bank.lookup!r} and {bank.zero_points.shape[0]} zero points for each "
+            "quantizer. Freeze with all timesteps that are needed, and lookup='exact' or 'nearest'."
+        )
+    timestep = find_timestep_argument(model.forward, timestep_argument)
+    return StrippedModel(copy.deepcopy(model), timestep)
+
+
+class StrippedModel(nn.Module):
+    """A quantized denoiser of torch's operators; made by `strip`.
+
+    Args:
+        model: The frozen model, which is changed.
+        timestep_argument: Name of its argument that holds the timestep.
+
+    Attributes:
+        bank: The table that was frozen.
+        ratios: `g(t)` of every activation quantizer, shape `(T, L)`.
+        reciprocals: `1 / g(t)`, shape `(T, L)`.
+    """
+
+    ratios: Tensor
+    reciprocals: Tensor
+
+    def __init__(self, model: nn.Module, timestep_argument: str) -> None:
+        super().__init__()
+        bank = scale_bank(model)
+        assert isinstance(bank, FrozenBank)
+        quantizers = [q for _, q in named_quantizers(model) if isinstance(q, TDQQuantizer)]
+        static = torch.stack([quantizer.static_scale for quantizer in quantizers])
+        self.register_buffer("ratios", bank.scales / static)
+        self.register_buffer("reciprocals", static / bank.scales)
+        arguments = list(inspect.signature(model.forward).parameters)
+        self.timestep_argument = timestep_argument
+        self.sample_argument = next(name for name in arguments if name != timestep_argument)
+        self._now = Ratios()
+        _exchange(model, quantizers, bank, self._now)
+        disconnect_rows(model)
+        del model.scale_bank
+        self.bank, self.model = bank, model.eval()
+
+    def forward(self, sample: Tensor, timestep: Tensor | float, **conditions: Any) -> Tensor:
+        """Denoise.
+
+        Args:
+            sample: Shape `(B, ...)`.
+            timestep: A number, or a tensor of shape `()` or `(B,)` with equal values.
+            **conditions: Further arguments of the model, by name.
+
+        Raises:
+            LookupRuleError: The timestep is not in the table.
+            TimestepError: There is more than one timestep.
+        """
+        if isinstance(timestep, Tensor) and is_traced():
+            # A traced graph cannot raise: whoever runs it must give a timestep of the table.
+            value = timestep.reshape(-1)[:1].to(torch.float32)
+        else:
+            value = self._check(timestep)
+        row = (self.bank.timesteps - value).abs().argmin(dim=0, keepdim=True)
+        ratios, reciprocals = (
+            table.index_select(0, row)[0] for table in (self.ratios, self.reciprocals)
+        )
+        arguments = {self.sample_argument: sample, self.timestep_argument: timestep}
+        self._now.now = ratios, reciprocals
+        try:
+            output = self.model(**arguments, **conditions)
+        finally:
+            self._now.now = None
+        return _tensor(output)
+
+    def _check(self, timestep: Tensor | float) -> Tensor:
+        timesteps = as_timesteps(timestep, self.bank.device)
+        self.bank.index(timesteps)
+        if bool((timesteps != timesteps[0]).any()):
+            raise TimestepError(
+                f"A stripped model takes one timestep for each call, not {timesteps.tolist()[:5]}. "
+                "Call it once for each timestep, or use the model that was not stripped."
+            )
+        return timesteps[:1]
+
+
+def _exchange(
+    model: nn.Module, quantizers: list[TDQQuantizer], bank: FrozenBank, ratios: Ratios
+) -> None:
+    zero_points = [int(value) for value in bank.zero_points[0].tolist()]
+    plain: dict[nn.Module, nn.Module] = {
+        quantizer: RescaledFakeQuantize(quantizer, zero_point, row, ratios)
+        for row, (quantizer, zero_point) in enumerate(zip(quantizers, zero_points, strict=True))
+    }
+    storage = get_hook_storage(model)
+    for name, hook in list(storage.named_hooks(remove_duplicate=False)):
+        if isinstance(hook, BaseQuantizer):
+            plain.setdefault(hook, FakeQuantizeWeight(hook))
+        if hook in plain:
+            storage.set_submodule(name, plain[hook])
+
+
+def _tensor(output: Any) -> Tensor:
+    """The tensor in what a denoiser returns: diffusers wrap it as `sample`, or in a tuple."""
+    value = getattr(output, "sample", output)
+    result: Tensor = value[0] if isinstance(value, tuple) else value
+    return result

@@ -1,0 +1,258 @@
+"""Which of NNCF's quantizers remain after prepare, with which bits and names."""
+
+import copy
+
+import nncf
+import pytest
+import torch
+from contract.networks import BATCHES, STEPS, TinyDenoiser, example_inputs
+from nncf.common.quantization.structs import QuantizationScheme
+from nncf.quantization.advanced_parameters import QuantizationParameters
+from nncf.torch.function_hook import get_hook_storage
+from nncf.torch.quantization.layers import BaseQuantizer
+from torch import nn
+from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+import tdq_plugin as tdq
+from tdq_plugin.adapters.nncf import TDQQuantizer, prepare, strip, tdq_quantize_settings
+from tdq_plugin.adapters.torch_ao import tdq_backend_config, tdq_qconfig_mapping
+from tdq_plugin.errors import AdapterError, ConfigError, TimestepError
+
+FIRST_LAYER = nncf.OverflowFix.FIRST_LAYER
+
+
+def bits_of(model):
+    bank = tdq.scale_bank(model)
+    return {name: grid.bits for name, grid in zip(bank.names, bank.grids, strict=True)}
+
+
+def weight_bits(model):
+    storage = get_hook_storage(model)
+    hooks = dict(storage.named_hooks(remove_duplicate=False))
+    return [hook.num_bits for hook in hooks.values() if isinstance(hook, BaseQuantizer)]
+
+
+def quantize(model, batches, **overrides):
+    return nncf.quantize(model, nncf.Dataset(batches), **(tdq_quantize_settings() | overrides))
+
+
+def advanced(overflow_fix=nncf.OverflowFix.DISABLE, weights=None):
+    return nncf.AdvancedQuantizationParameters(
+        disable_bias_correction=True,
+        overflow_fix=overflow_fix,
+        weights_quantization_params=weights,
+    )
+
+
+@pytest.fixture(scope="module")
+def unet():
+    """A real UNet of diffusers, which returns no tensor; with attention and an interpolation."""
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=8,
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def unet_batches():
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(2, 1, 8, 8, generator=generator), torch.tensor([t, 999])) for t in (5, 80)]
+
+
+@pytest.fixture(scope="module")
+def quantized_unet(unet, unet_batches):
+    return quantize(unet, unet_batches)
+
+
+def test_layers_names_and_bits_are_those_of_a_graph(unet, quantized_unet, unet_batches):
+    example = unet_batches[0]
+    model = tdq.attach(prepare(copy.deepcopy(quantized_unet), example, 4, 3))
+    graph = tdq.trace(copy.deepcopy(unet), example).train()
+    mapping = tdq_qconfig_mapping(graph, 4, 3)
+    backend = tdq_backend_config()
+    graph = tdq.attach(prepare_qat_fx(graph, mapping, example, backend_config=backend))
+    layers = {name: n for name, n in bits_of(graph).items() if not name.startswith("product")}
+    assert len(layers) == 33
+    assert bits_of(model) == layers
+    assert {grid.symmetric for grid in model.scale_bank.grids} == {False}
+    assert sorted(weight_bits(model)) == [3] * 39 + [8] * 2
+
+
+def test_products_are_quantized_if_wanted(unet, unet_batches):
+    settings = tdq_quantize_settings(attention=True, symmetric_activations=True)
+    model = tdq.attach(prepare(quantize(unet, unet_batches, **settings), unet_batches[0]))
+    products = [name for name in bits_of(model) if name.startswith("product")]
+    assert products == [f"product.{index}.{operand}" for index in range(4) for operand in (0, 1)]
+    assert len(bits_of(model)) == 33 + 8
+    assert {grid.symmetric for grid in model.scale_bank.grids} == {True}
+
+
+def test_a_unet_at_8_bits_is_near_the_float_one(unet, quantized_unet, unet_batches):
+    model = tdq.attach(prepare(copy.deepcopy(quantized_unet), unet_batches[0]))
+    tdq.calibrate(model, unet_batches)
+    with torch.no_grad():
+        for batch in unet_batches:
+            ours, theirs = model(*batch).sample, unet(*batch).sample
+            assert 0 < (ours - theirs).norm() < 0.05 * theirs.norm()
+
+
+def test_only_operands_keep_a_quantizer(quantized):
+    model = quantized()
+    assert "post_hooks.conv_out/conv2d/0__0.0" in dict(get_hook_storage(model).named_hooks())
+    prepare(model, example_inputs())
+    hooks = dict(get_hook_storage(model).named_hooks())
+    assert "post_hooks.conv_out/conv2d/0__0.0" not in hooks
+    assert [h.name for h in hooks.values() if isinstance(h, TDQQuantizer)] == [
+        "conv_in.input",
+        "conv_down.input",
+        "to_query.input",
+        "product.0.0",
+        "conv_1d.input",
+        "conv_out.input",
+    ]
+
+
+class Repeated(nn.Module):
+    """A layer that is called twice, and a concatenation, whose parts share a scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 3, padding=1)
+        self.twice = nn.Conv2d(4, 4, 3, padding=1)
+        self.last = nn.Conv2d(8, 1, 1)
+
+    def forward(self, sample, timestep):
+        hidden = self.first(sample).tanh() * timestep.reshape(-1, 1, 1, 1).cos()
+        other = self.twice(self.twice(hidden.relu()).relu())
+        return self.last(torch.cat([hidden.tanh(), other.tanh()], dim=1))
+
+
+def test_calls_and_shared_quantizers():
+    settings = {"ignored_scope": nncf.IgnoredScope(types=["cos", "mul"], validate=False)}
+    model = prepare(quantize(Repeated().eval(), BATCHES, **settings), example_inputs(), 4, 4)
+    hooks = list(get_hook_storage(model).named_hooks(remove_duplicate=False))
+    shared = [name for name, hook in hooks if getattr(hook, "name", None) == "last.input"]
+    assert len(shared) == 2
+    tdq.attach(model)
+    assert bits_of(model) == {
+        "first.input": 8,
+        "twice.input": 4,
+        "twice.input.1": 4,
+        "last.input": 8,
+    }
+    assert model(*BATCHES[0]).isfinite().all()
+
+
+def test_timestep_that_nncf_quantized():
+    model = nncf.quantize(TinyDenoiser().eval(), nncf.Dataset(BATCHES))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(AdapterError, match=r"tdq_plugin\.adapters\.nncf\.prepare.*timestep, too"):
+        tdq.attach(model)
+    with pytest.raises(AdapterError, match=r"timestep's own path: 'post_hooks\..*settings\(\)\)"):
+        prepare(model, example_inputs())
+    after = model.state_dict()
+    assert state.keys() == after.keys()
+    assert all(torch.equal(after[name], value) for name, value in state.items())
+
+
+def test_timestep_patterns():
+    settings = tdq_quantize_settings(timestep_patterns=())
+    model = quantize(TinyDenoiser().eval(), BATCHES, **settings)
+    with pytest.raises(AdapterError, match=r"depends on 'timestep' and not on 'sample'"):
+        prepare(model, example_inputs())
+    settings = tdq_quantize_settings(ignored_patterns=["conv_down.*"])
+    model = quantize(TinyDenoiser().eval(), BATCHES, **settings)
+    assert "conv_down.input" not in bits_of(tdq.attach(prepare(model, example_inputs())))
+
+
+def test_quantizers_that_tdq_cannot_use():
+    model = quantize(TinyDenoiser().eval(), BATCHES, advanced_parameters=advanced(FIRST_LAYER))
+    with pytest.raises(AdapterError, match=r"50% of the range.*OverflowFix\.DISABLE"):
+        prepare(model, example_inputs())
+    asymmetric = advanced(weights=ASYMMETRIC)
+    model = quantize(TinyDenoiser().eval(), BATCHES, advanced_parameters=asymmetric)
+    with pytest.raises(AdapterError, match="AsymmetricQuantizer; only symmetric ones have 4 bits"):
+        prepare(model, example_inputs(), weight_bits=4)
+
+
+def test_models_and_examples_that_do_not_fit(quantized):
+    with pytest.raises(AdapterError, match="TinyDenoiser has no quantizers of NNCF"):
+        prepare(TinyDenoiser(), example_inputs())
+    with pytest.raises(TimestepError, match=r"for \['sample'\], but none for the timestep"):
+        prepare(quantized(), (example_inputs()[0], 5))
+    with pytest.raises(TimestepError, match="timestep_argument="):
+        prepare(quantized(), example_inputs(), timestep_argument="sigma")
+    with pytest.raises(ConfigError, match="9 bits are not supported"):
+        prepare(quantized(), example_inputs(), activation_bits=9)
+
+
+@pytest.mark.parametrize("first_last_bits", [None, 8])
+def test_first_and_last_layer(quantized, first_last_bits):
+    model = prepare(quantized(), example_inputs(), 4, 3, first_last_bits=first_last_bits)
+    outer = first_last_bits or 4
+    assert list(bits_of(tdq.attach(model)).values()) == [outer, 4, 4, 4, 4, outer]
+    assert weight_bits(model) == [first_last_bits or 3, 3, 3, 3, 3, first_last_bits or 3]
+
+
+class Depthwise(nn.Module):
+    """A convolution that NNCF may give a scale for each channel of its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 1)
+        self.depthwise = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+
+    def forward(self, sample, timestep):
+        return self.depthwise(self.first(sample).tanh()) + timestep.reshape(-1, 1, 1, 1)
+
+
+def test_activations_with_a_scale_for_each_channel():
+    model = quantize(Depthwise().eval(), BATCHES, advanced_parameters=advanced())
+    with pytest.raises(AdapterError, match=r"scale for each channel.*per_channel=False"):
+        prepare(model, example_inputs())
+    model = tdq.attach(prepare(quantize(Depthwise().eval(), BATCHES), example_inputs()))
+    assert set(bits_of(model)) == {"first.input", "depthwise.input"}
+
+
+def test_layer_of_zeros():
+    model = TinyDenoiser().eval()
+    nn.init.zeros_(model.conv_out.weight)
+    model = tdq.attach(prepare(quantize(model, BATCHES), example_inputs(), weight_bits=4))
+    assert model(*BATCHES[0]).isfinite().all()
+
+
+ONE_SCALE = QuantizationParameters(per_channel=False)
+ASYMMETRIC = QuantizationParameters(mode=QuantizationScheme.ASYMMETRIC)
+
+
+@pytest.mark.parametrize(("weights", "bits"), [(ONE_SCALE, 8), (ONE_SCALE, 4), (ASYMMETRIC, 8)])
+def test_weights_as_the_user_wants_them(weights, bits):
+    parameters = advanced(weights=weights)
+    model = quantize(TinyDenoiser().eval(), BATCHES, advanced_parameters=parameters)
+    model = tdq.attach(prepare(model, example_inputs(), weight_bits=bits), tdq.ConstantBank)
+    tdq.freeze(model, STEPS)
+    with torch.no_grad():
+        torch.testing.assert_close(strip(model)(*BATCHES[0]), model(*BATCHES[0]))
+
+
+def test_few_bits_search_the_range_of_a_weight(quantized):
+    """The largest weight would leave most of few codes unused."""
+    model, plain = prepare(quantized(), example_inputs(), weight_bits=4), quantized()
+    name, port = "pre_hooks.conv_down/conv2d/0", "1.0"
+    weight = model.conv_down.weight.detach()
+    errors = []
+    for chosen in (model, plain):
+        hook = dict(get_hook_storage(chosen).named_hooks())[f"{name}__{port}"]
+        hook.num_bits = 4
+        errors.append((hook(weight) - weight).square().mean())
+    assert errors[0] < 0.95 * errors[1]
