@@ -164,9 +164,11 @@ def fastest_float(graph: fx.GraphModule, x: Tensor) -> tuple[Callable[[int], Any
     return calls[name], name
 
 
-def print_table(model: str, batch: int, ratios: dict[str, Ratio]) -> None:
+def print_table(
+    model: str, batch: int, ratios: dict[str, Ratio], reference: str = REFERENCE
+) -> None:
     """Print the ratios of one batch size."""
-    print(f"\n{model}, batch {batch}, {torch.get_num_threads()} thread(s): time / {REFERENCE}")
+    print(f"\n{model}, batch {batch}, {torch.get_num_threads()} thread(s): time / {reference}")
     for name, ratio in ratios.items():
         quartiles = f"[{ratio['q25']:.3f}, {ratio['q75']:.3f}]"
         print(f"  {name:<26}{ratio['median']:.3f}  {quartiles}", flush=True)

@@ -16,6 +16,8 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"The tdq command needs {error.name}. Install it: pip install 'tdq-plugin[recipes]'")
 
+from tdq_plugin.export_cli import export
+
 if TYPE_CHECKING:
     from tdq_plugin.table import ScaleTable
 
@@ -42,6 +44,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(export, name="export")
 
 
 def main() -> None:
@@ -70,7 +73,7 @@ def run(
         bool, typer.Option("--show-config", help="Print the configuration; do not run.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the configuration; do not run.")
+        bool, typer.Option("--dry-run", help="Check everything and print the plan; do not run.")
     ] = False,
 ) -> None:
     """Run a recipe."""
@@ -89,7 +92,7 @@ def run(
 
         typer.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), nl=False)
     elif dry_run:
-        typer.echo(f"The configuration is valid. Results would be in {config.run_folder}")
+        typer.echo(chosen.plan(config))
     else:
         typer.echo(f"Results are in {chosen.run(config)}")
 

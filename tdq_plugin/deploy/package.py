@@ -92,8 +92,19 @@ def load_int8(
     return lowered
 
 
-def read_description(folder: str | Path) -> dict[str, Any]:
+def read_description(
+    folder: str | Path,
+    kind: str = _FORMAT,
+    version: int = FORMAT_VERSION,
+    writer: str = "save_int8",
+) -> dict[str, Any]:
     """The content of `quantization.json`.
+
+    Args:
+        folder: A folder that `writer` wrote.
+        kind: The format that the folder must have.
+        version: The format version that it must have.
+        writer: What writes such folders.
 
     Raises:
         TableFormatError: The file is missing, not JSON, or of an unknown version.
@@ -104,12 +115,14 @@ def read_description(folder: str | Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise TableFormatError(f"{path} is not readable JSON: {error}.") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise TableFormatError(f"{path} is no int8 model. Give the folder that save_int8 wrote.")
-    if content.get("version") != FORMAT_VERSION:
+    if not isinstance(content, dict) or content.get("format") != kind:
+        raise TableFormatError(
+            f"{path} is no {kind.removeprefix('tdq-')} model. Give the folder that {writer} wrote."
+        )
+    if content.get("version") != version:
         raise TableFormatError(
             f"{path} has format version {content.get('version')!r}; this release reads version "
-            f"{FORMAT_VERSION}. Update tdq-plugin."
+            f"{version}. Update tdq-plugin."
         )
     return content
 

@@ -42,11 +42,11 @@ def prepared(model=None, qat=True, bits=8, mapping=None, example=None):
     return prepare(graph, mapping, example, backend_config=tdq_backend_config()).eval()
 
 
-def frozen(lookup="exact", batches=BATCHES, **options):
-    """A calibrated graph with a table over `STEPS`."""
+def frozen(lookup="exact", batches=BATCHES, steps=STEPS, **options):
+    """A calibrated graph with a table."""
     model = tdq.attach(prepared(**options))
     tdq.calibrate(model, batches)
-    return tdq.freeze(model, STEPS, lookup)
+    return tdq.freeze(model, steps, lookup)
 
 
 @cache

@@ -1,0 +1,59 @@
+"""What conversion did to the scales and the layers of a model."""
+
+import warnings
+from dataclasses import dataclass
+
+__all__ = ["ConversionReport"]
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What `to_openvino` did.
+
+    Attributes:
+        readers_left: By the name of each quantizer whose scale moves with t, the operations that
+            its scale could not be moved behind. They compute in float.
+        integer_layers: Layers that run on int8 kernels on this machine.
+        lost_layers: Layers that run on int8 kernels with static scales, but not here.
+    """
+
+    readers_left: dict[str, list[str]]
+    integer_layers: list[str]
+    lost_layers: list[str]
+
+    @property
+    def moved(self) -> list[str]:
+        """Quantizers whose scale was moved behind everything that reads them."""
+        return [name for name, readers in self.readers_left.items() if not readers]
+
+    def __str__(self) -> str:
+        """A few lines for people.
+
+        Example:
+            >>> left = {"conv.input": [], "product.0.0": ["Softmax"]}
+            >>> print(ConversionReport(left, ["conv"], []))
+            1 of 2 scales moved behind their layers, 1 layer on int8 kernels
+              product.0.0 stays in front of Softmax
+        """
+        layers = f"{len(self.integer_layers)} layer{'s' * (len(self.integer_layers) != 1)}"
+        lines = [
+            f"{len(self.moved)} of {len(self.readers_left)} scales moved behind their layers, "
+            f"{layers} on int8 kernels"
+        ]
+        lines += [
+            f"  {name} stays in front of {', '.join(readers)}"
+            for name, readers in self.readers_left.items()
+            if readers
+        ]
+        return "\n".join(lines)
+
+    def warn(self) -> None:
+        """Warn of layers that lost their integer kernel, if there are any."""
+        if self.lost_layers:
+            warnings.warn(
+                f"{len(self.lost_layers)} layers run on int8 kernels with static scales, but in "
+                f"float with scales of the timestep: {', '.join(self.lost_layers)}. Their values "
+                "are right, their speed is not; `readers_left` of the report says what stands in "
+                "the way.",
+                stacklevel=3,
+            )

@@ -1,0 +1,66 @@
+"""`tdq export openvino`."""
+
+import copy
+
+import torch
+from deploy.networks import frozen
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from typer.testing import CliRunner
+
+from tdq_plugin.cli import app
+from tdq_plugin.deploy import lower_to_int8, save_int8
+from tdq_plugin.deploy.openvino import OVDenoiser
+
+ENVIRONMENT = {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+
+
+def saved_model(folder):
+    """A folder as the recipes write it."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+        attention_head_dim=8,
+    ).eval()
+    scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2")
+    scheduler.set_timesteps(4)
+    batches = [(torch.randn(4, 1, 8, 8), torch.full((4,), int(t))) for t in scheduler.timesteps]
+    example = (torch.zeros(2, 1, 8, 8), torch.zeros(2))
+    model = frozen(model=copy.deepcopy(unet), batches=batches, example=example, steps=scheduler)
+    unet.save_config(folder / "unet")
+    scheduler.save_config(folder / "scheduler")
+    save_int8(lower_to_int8(model), folder / "int8")
+    return model
+
+
+def test_a_recipes_model_becomes_a_pipeline(tmp_path):
+    model = saved_model(tmp_path / "model")
+    arguments = ["export", "openvino", str(tmp_path / "model"), str(tmp_path / "openvino")]
+    result = CliRunner().invoke(app, arguments, env=ENVIRONMENT)
+    assert result.exit_code == 0, result.output
+    assert "scales moved behind their layers" in result.stdout
+    assert f"The model is in {tmp_path / 'openvino'}" in result.stdout
+    denoiser = OVDenoiser.load(tmp_path / "openvino" / "unet")
+    scheduler = DDIMScheduler.from_pretrained(tmp_path / "openvino" / "scheduler")
+    assert scheduler.config.beta_schedule == "squaredcos_cap_v2"
+    pipeline = DDIMPipeline(unet=denoiser, scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    assert len(pipeline(batch_size=2, num_inference_steps=4, output_type="np").images) == 2
+    sample = torch.randn(2, 1, 8, 8)
+    ours, theirs = denoiser(sample, 250).sample, model(sample, 250)
+    assert (ours - theirs).norm() < 0.05 * theirs.norm()
+
+
+def test_a_folder_without_a_model_is_one_message(tmp_path):
+    arguments = ["export", "openvino", str(tmp_path / "no"), str(tmp_path / "openvino")]
+    result = CliRunner().invoke(app, arguments, env=ENVIRONMENT)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert "quantization.json is not readable JSON" in result.stderr
+    assert not (tmp_path / "openvino").exists()

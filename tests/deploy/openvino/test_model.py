@@ -1,0 +1,106 @@
+"""Calling a converted model, and its folder."""
+
+import json
+
+import pytest
+import torch
+from contract.networks import STEPS
+from deploy.networks import SAMPLE
+
+from tdq_plugin.deploy.openvino import load_openvino, save_openvino
+from tdq_plugin.errors import AdapterError, LookupRuleError, TableFormatError, TimestepError
+
+NAMES = ("openvino_model.xml", "openvino_model.bin", "scale_table.safetensors", "quantization.json")
+
+
+def test_arguments_by_position_and_by_name(tiny):
+    _, model = tiny
+    expected = model(SAMPLE, 250)
+    assert expected.dtype == torch.float32
+    assert torch.equal(model(SAMPLE, timestep=250), expected)
+    assert torch.equal(model(timestep=torch.tensor(250.0), sample=SAMPLE), expected)
+    assert torch.equal(model(SAMPLE.double(), 250), expected)
+    for args, kwargs in (((SAMPLE,), {}), ((SAMPLE, 1, 2), {}), ((SAMPLE, 250), {"label": 1})):
+        with pytest.raises(AdapterError, match=r"takes \['sample', 'timestep'\]; it was called"):
+            model(*args, **kwargs)
+
+
+def test_a_wrong_timestep_is_an_error(tiny):
+    _, model = tiny
+    for timestep in (3, torch.tensor([0, 3, 250, 999])):
+        with pytest.raises(LookupRuleError, match="Timestep 3 is not in the frozen table"):
+            model(SAMPLE, timestep)
+    with pytest.raises(TimestepError, match="2 different timesteps were given for 4 samples"):
+        model(SAMPLE, torch.tensor([0, 250]))
+
+
+def test_another_size_is_an_error(tiny):
+    _, model = tiny
+    with pytest.raises(AdapterError, match=r"'sample' of shape \(B, \*\(1, 8, 8\)\), not \(2, 1, 16"):
+        model(torch.zeros(2, 1, 16, 16), 250)
+
+
+def test_few_batch_sizes_are_remembered(tiny, monkeypatch):
+    _, model = tiny
+    monkeypatch.setattr("tdq_plugin.deploy.openvino.model._REMEMBERED_SHAPES", 2)
+    monkeypatch.setattr(model, "_compiled", {})
+    outputs = [model(SAMPLE[:batch], 250) for batch in (1, 2, 3)]
+    assert len(model._compiled) == 2
+    again = model(SAMPLE[:1], 250)
+    torch.testing.assert_close(again, outputs[0])
+
+
+def test_properties_reach_openvino(tiny, tmp_path):
+    _, model = tiny
+    save_openvino(model, tmp_path / "model")
+    loaded = load_openvino(tmp_path / "model", properties={"INFERENCE_NUM_THREADS": 1})
+    loaded(SAMPLE, 250)
+    (compiled,) = loaded._compiled.values()
+    assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
+    assert compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"
+
+
+def test_a_folder_holds_the_model(tiny, tmp_path):
+    frozen, model = tiny
+    save_openvino(model, tmp_path / "model", extra={"run": 3})
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == sorted(NAMES)
+    loaded = load_openvino(tmp_path / "model")
+    assert loaded.report == model.report
+    assert loaded.input_names == model.input_names
+    assert torch.equal(loaded.bank.scales, frozen.scale_bank.scales)
+    for timestep in (*STEPS, torch.tensor([999, 0, 250, 600])):
+        assert torch.equal(loaded(SAMPLE, timestep), model(SAMPLE, timestep))
+    content = json.loads((tmp_path / "model" / "quantization.json").read_text())
+    assert content["extra"] == {"run": 3}
+    save_openvino(loaded, tmp_path / "again")
+    weights = [(tmp_path / f / "openvino_model.bin").read_bytes() for f in ("model", "again")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_missing_and_truncated_files(tiny, tmp_path, name):
+    _, model = tiny
+    save_openvino(model, tmp_path / "model")
+    path = tmp_path / "model" / name
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(TableFormatError, match=r"is not (a )?readable"):
+        load_openvino(tmp_path / "model")
+    path.unlink()
+    with pytest.raises(TableFormatError, match=r"is not (a )?readable"):
+        load_openvino(tmp_path / "model")
+
+
+def test_broken_descriptions(tiny, tmp_path):
+    _, model = tiny
+    save_openvino(model, tmp_path / "model")
+    path = tmp_path / "model" / "quantization.json"
+    content = json.loads(path.read_text())
+    for wrong, message in [
+        ({**content, "version": 2}, "format version 2; this release reads version 1"),
+        ({**content, "format": "tdq-int8"}, "is no openvino model.*save_openvino wrote"),
+        ({**content, "report": {}}, "is not complete"),
+        ({**content, "report": None}, "is not complete"),
+    ]:
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(TableFormatError, match=message):
+            load_openvino(tmp_path / "model")
