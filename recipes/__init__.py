@@ -50,6 +50,13 @@ class Recipe:
         run: Callable[[RecipeConfig], Path] = self._load().run
         return run(config)
 
+    def plan(self, config: "RecipeConfig") -> str:
+        """What `run` would do; recipes with a function `plan(config)` check model and data too."""
+        module = self._load()
+        if hasattr(module, "plan"):
+            return str(module.plan(config))
+        return f"The configuration is valid. Results would be in {config.run_folder}"
+
     def _load(self) -> Any:
         return import_module(f"{__name__}.{self.module}")
 
@@ -60,6 +67,18 @@ _ALL = (
         "ddim_digits_ptq",
         "PTQConfig",
         "Quantize the digits DDIM without retraining: static, TDQ and rivals side by side",
+    ),
+    Recipe(
+        "ddim-digits-qat",
+        "ddim_digits_qat",
+        "QATConfig",
+        "Train the digits DDIM with quantization: LSQ, PACT, NIPQ, and TDQ on each of them",
+    ),
+    Recipe(
+        "ddim-cifar10-qat",
+        "ddim_cifar10_qat",
+        "CifarQATConfig",
+        "Train the CIFAR-10 DDIM with quantization as in the TDQ paper; needs a GPU",
     ),
     Recipe(
         "ddim-digits-pretrain",

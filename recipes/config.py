@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tdq_plugin.errors import ConfigError
 
-__all__ = ["CONFIG_FOLDER", "RecipeConfig", "load_config"]
+__all__ = ["CONFIG_FOLDER", "RecipeConfig", "Section", "filled_in", "load_config"]
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
@@ -34,6 +34,29 @@ class RecipeConfig(BaseModel):
     def run_folder(self) -> Path:
         """Where the results go."""
         return self.output / self.name
+
+
+class Section(BaseModel):
+    """A part of a configuration that several recipes share."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def filled_in(name: str, **values: Any) -> str:
+    """A run's name with its `{placeholders}` filled in.
+
+    Raises:
+        ConfigError: A placeholder is none of the values.
+
+    Example:
+        >>> filled_in("run-{bits}", bits="W4A4")
+        'run-W4A4'
+    """
+    try:
+        return name.format(**values)
+    except (KeyError, IndexError, ValueError):
+        known = ", ".join(f"{{{key}}}" for key in values)
+        raise ConfigError(f"name = {name!r}: only {known} are filled in.") from None
 
 
 Config = TypeVar("Config", bound=RecipeConfig)

@@ -1,0 +1,66 @@
+"""What every quantized digits DDIM is measured on: the float model's trajectories and images."""
+
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tdq_plugin.recipes.config import Section
+from tdq_plugin.recipes.digits import load_digits
+from tdq_plugin.recipes.digits_classifier import load_classifier
+from tdq_plugin.recipes.evaluation import Evaluator
+from tdq_plugin.recipes.float_model import FloatModel
+from tdq_plugin.recipes.reference import cached_images
+from tdq_plugin.recipes.sampling import image_shape, sample, scheduler_with
+
+__all__ = ["EvaluationSection", "make_evaluator"]
+
+
+class EvaluationSection(Section):
+    """Images drawn per method, float trajectories followed, and the seed of their noise."""
+
+    samples: int = Field(ge=100)
+    trajectories: int = Field(gt=0)
+    seed: int
+
+
+def make_evaluator(
+    section: EvaluationSection, steps: int, model: FloatModel, folder: Path, cache: Path
+) -> Evaluator:
+    """Draw what methods are compared with; the images are kept for other runs.
+
+    Args:
+        section: How much of it.
+        steps: Of the DDIM sampler.
+        model: The float model.
+        folder: Where the float model came from.
+        cache: Where its images are kept.
+    """
+    generator = torch.Generator().manual_seed(section.seed)
+    shape = image_shape(model.unet)
+    noise = torch.randn(2 * section.samples, *shape, generator=generator)
+    ordinary = scheduler_with(model.scheduler, steps)
+    halfway = model.scheduler.config.num_train_timesteps // (2 * steps)
+
+    def draw() -> Tensor:
+        with tqdm(total=len(noise), desc="float32: images", unit="image") as progress:
+            return sample(model.denoise, ordinary, noise, advance=progress.update)
+
+    key = f"{steps} steps, {section.samples} samples, seed {section.seed}"
+    images = cached_images(cache, key, folder, draw)
+    trajectory_noise = torch.randn(section.trajectories, *shape, generator=generator)
+    with tqdm(total=2 * steps, desc="float32: trajectories", unit="step") as progress:
+        return Evaluator(
+            model.denoise,
+            ordinary,
+            unseen=scheduler_with(model.scheduler, steps, offset=halfway),
+            noise=noise[: section.samples],
+            images=images[: section.samples],
+            other_images=images[section.samples :],
+            trajectory_noise=trajectory_noise,
+            features=load_classifier().features,
+            data=load_digits(model.unet.config.sample_size)[0],
+            advance=progress.update,
+        )

@@ -1,0 +1,82 @@
+"""Many samples of a model, drawn by all processes together, and their quality."""
+
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDIMScheduler
+from pydantic import Field
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tdq_plugin.recipes.config import Section
+from tdq_plugin.recipes.image_quality import Features, SampleQuality
+from tdq_plugin.recipes.objectives import Source
+from tdq_plugin.recipes.sampling import Denoiser, sample
+
+__all__ = ["SampleEvaluation", "SampleEvaluationSection"]
+
+
+class SampleEvaluationSection(Section):
+    """How samples are judged.
+
+    Attributes:
+        samples: Images drawn of each model.
+        steps: Of the DDIM sampler.
+        batch_size: Images drawn together.
+        features: `inception` for FID and IS as in papers; needs the extra `inception`.
+        seed: Of the noise; the same for every model.
+    """
+
+    samples: int = Field(ge=100)
+    steps: int = Field(ge=2)
+    batch_size: int = Field(gt=0)
+    features: Features
+    seed: int
+
+
+class SampleEvaluation:
+    """Compares models by their samples; the noise of image i is the same for all of them.
+
+    Args:
+        section: How.
+        accelerator: Its processes share the work.
+        images: The real images.
+        scheduler: The sampler, its timesteps set.
+    """
+
+    def __init__(
+        self,
+        section: SampleEvaluationSection,
+        accelerator: Accelerator,
+        images: Source,
+        scheduler: DDIMScheduler,
+    ) -> None:
+        self.section, self.accelerator, self.scheduler = section, accelerator, scheduler
+        self.shape: torch.Size | None = None
+        self.quality = SampleQuality(section.features, accelerator.device)
+        for numbers in self._shared(len(images), "real images"):
+            real = images[numbers]
+            self.shape = real.shape[1:]
+            self.quality.add_real(real)
+
+    @torch.no_grad()
+    def evaluate(self, denoiser: Denoiser, title: str) -> dict[str, float]:
+        """Draw, and compare; every process gets the result."""
+        assert self.shape is not None
+        for numbers in self._shared(self.section.samples, title):
+            noise = self._noise(numbers).to(self.accelerator.device)
+            self.quality.add_drawn(sample(denoiser, self.scheduler, noise, len(noise)))
+        return self.quality.compute()
+
+    def _noise(self, numbers: Tensor) -> Tensor:
+        assert self.shape is not None
+        seed = self.section.seed * 1_000_003 + int(numbers[0])
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(len(numbers), *self.shape, generator=generator)
+
+    def _shared(self, count: int, title: str) -> Iterator[Tensor]:
+        """Batches of numbers below `count`, dealt out to the processes."""
+        batches = torch.arange(count).split(self.section.batch_size)
+        mine = batches[self.accelerator.process_index :: self.accelerator.num_processes]
+        return iter(tqdm(mine, desc=title, disable=not self.accelerator.is_main_process))

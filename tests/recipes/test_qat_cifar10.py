@@ -1,0 +1,223 @@
+"""The recipe `ddim-cifar10-qat`: tiny from end to end, on two processes, and at its real size."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file
+
+from tdq_plugin.deploy import load_int8
+from tdq_plugin.errors import ConfigError
+from tdq_plugin.recipes import find_recipe
+
+QAT = find_recipe("ddim-cifar10-qat")
+WITHOUT_NETWORK = ["data={source: digits, validation_images: 16}", "evaluation.features=digits"]
+SMALL = [
+    *WITHOUT_NETWORK,
+    "threads=1",
+    "dropout=0.0",
+    "calibration.batches=2",
+    "calibration.batch_size=4",
+    "training.iterations=6",
+    "training.batch_size=4",
+    "training.warmup=2",
+    "training.log_every=2",
+    "training.checkpoint_every=2",
+    "validation={every: 1, batches: 1, keep: 2}",
+    "evaluation.samples=100",
+    "evaluation.batch_size=50",
+    "evaluation.steps=2",
+]
+
+
+@pytest.fixture(scope="module")
+def overrides(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return [*SMALL, f"model={tiny_pipeline}", f"output={tmp_path_factory.mktemp('runs')}"]
+
+
+@pytest.fixture(scope="module")
+def finished(overrides: list[str]) -> Path:
+    return QAT.run(QAT.configure([*overrides, "name=one"]))
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_the_best_weights_are_judged_beside_the_float_model(finished: Path) -> None:
+    found = results(finished)
+    assert (found["method"], found["bits"], found["samples"]) == ("TDQ", "W4A4", 100)
+    assert "not the FID" in found["feature_space"]
+    float_row, *rows = found["rows"]
+    assert float_row["model"] == "float32"
+    losses = [row["validation_loss"] for row in rows]
+    logged = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    validated = sorted(record["validation_loss"] for record in logged if len(record) == 2)
+    assert losses == validated[:2]
+    assert len(validated) == 6
+    assert all(row["frechet_distance"] > 0 and row["inception_score"] >= 1 for row in rows)
+    kept = sorted(path.stem for path in (finished / "weights").glob("*.safetensors"))
+    assert kept == sorted(row["model"] for row in rows)
+
+
+def test_the_saved_model_draws(finished: Path) -> None:
+    unet = UNet2DModel.from_config(UNet2DModel.load_config(finished / "model" / "unet"))
+    x, t = torch.randn(2, 1, 16, 16), torch.tensor([0, 500])
+    integer = load_int8(finished / "model" / "int8", unet, (x, t))
+    with torch.no_grad():
+        assert integer(x, 500).isfinite().all()
+
+
+def test_two_processes_do_what_one_does(finished: Path, overrides: list[str]) -> None:
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    program = Path(sys.executable).with_name("tdq")
+    process = subprocess.run(
+        [*launch, str(program), "run", QAT.name, *overrides, "name=two"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    two = finished.with_name("two")
+    first, second = results(finished)["rows"], results(two)["rows"]
+    assert [row["model"] for row in first] == [row["model"] for row in second]
+    for one, other in zip(first, second, strict=True):
+        assert other["frechet_distance"] == pytest.approx(one["frechet_distance"], rel=2e-2)
+    checkpoints = [
+        torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")["model"]
+        for folder in (finished, two)
+    ]
+    for name, expected in checkpoints[0].items():
+        torch.testing.assert_close(checkpoints[1][name], expected, rtol=1e-3, atol=2e-5)
+    # Records of losses and norms are means over both processes.
+    logs = [(folder / "log.jsonl").read_text().splitlines() for folder in (finished, two)]
+    for one, other in zip(*(map(json.loads, lines) for lines in logs), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+
+
+def test_a_restart_repeats_nothing(
+    finished: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tdq_plugin.recipes import ddim_cifar10_qat
+
+    config = QAT.configure([*overrides, "name=interrupted"])
+    original = ddim_cifar10_qat.Training.advance
+    steps: list[int] = []
+
+    def interrupted(training: Any, objective: Any) -> Any:
+        steps.append(training.step)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return original(training, objective)
+
+    monkeypatch.setattr(ddim_cifar10_qat.Training, "advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        QAT.run(config)
+    folder = QAT.run(config)
+    assert steps == [0, 1, 2, 3, 2, 3, 4, 5]
+    assert results(folder) == results(finished)
+    for path in (finished / "weights").glob("*.safetensors"):
+        again = load_file(folder / "weights" / path.name)
+        assert all(torch.equal(again[name], value) for name, value in load_file(path).items())
+
+
+@pytest.fixture(scope="module")
+def cifar10_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The architecture of google/ddpm-cifar10-32, with random weights."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=32,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=2,
+        block_out_channels=(128, 256, 256, 256),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        norm_eps=1e-6,
+    )
+    folder = tmp_path_factory.mktemp("cifar10") / "pipeline"
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+def test_the_real_size_trains(cifar10_pipeline: Path, tmp_path: Path) -> None:
+    """The real configuration; only the number of steps and samples is small."""
+    from tdq_plugin.recipes import ddim_cifar10_qat as module
+
+    settings = [
+        *WITHOUT_NETWORK,
+        f"model={cifar10_pipeline}",
+        f"output={tmp_path}",
+        "threads=1",
+        "calibration.batches=1",
+        "calibration.batch_size=1",
+        "training.batch_size=1",
+        "training.iterations=1",
+        "training.warmup=0",
+        "validation.batches=1",
+    ]
+    config = QAT.configure(settings)
+    described = str(module.plan(config))
+    assert "35,746,307 parameters" in described
+    assert "TDQ, W4A4, " in described
+    total, state = map(float, re.findall(r"(\d+\.\d+)(?: GB:| for param)", described))
+    # 20 bytes for each parameter, and two copies of the quantized weights.
+    assert 0.9 < state < 1.2
+    assert state + 0.05 < total < state + 0.4
+    accelerator = module.make_accelerator(config.run_folder, "no", [], {})
+    parts = module._parts(config)
+    before = parts.quantized.get_parameter("mid_block.resnets.0.conv1.weight").detach().clone()
+    best = module.BestCheckpoints(config.run_folder / "weights", 5)
+    module._train(config, accelerator, parts, best)
+    assert list(best.losses()) == [1]
+    after = parts.quantized.get_parameter("mid_block.resnets.0.conv1.weight")
+    assert not torch.equal(after, before)
+    names = parts.quantized.scale_bank.names
+    assert not {"conv_in.input", "conv_out.input"} & set(names)
+    assert {grid.bits for grid in parts.quantized.scale_bank.grids} == {4}
+
+
+def test_the_configuration_is_that_of_the_paper() -> None:
+    config = QAT.configure()
+    training, evaluation = config.training, config.evaluation
+    assert (training.iterations, training.batch_size) == (200_000, 128)
+    assert (evaluation.samples, evaluation.steps, evaluation.features) == (50_000, 200, "inception")
+    assert config.validation.keep == 5
+    assert config.run_folder == Path("runs/ddim-cifar10-qat-tdq-W4A4-seed0")
+
+
+@pytest.mark.skipif(find_spec("torch_fidelity") is not None, reason="torch-fidelity is installed")
+def test_the_run_stops_before_it_starts_without_inception(tiny_pipeline: Path) -> None:
+    config = QAT.configure([f"model={tiny_pipeline}", WITHOUT_NETWORK[0]])
+    with pytest.raises(ConfigError, match=r"evaluation.features = 'inception' needs torch_fidel"):
+        QAT.run(config)
+    plan = QAT.plan(config)
+    assert re.search(r"installed +missing: torch_fidelity, .*the run would stop", plan)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("method=tdk", r"^method = 'tdk': .*choose from .*'tdq_paper'"),
+        ("float_layers=conv_in", r"^float_layers = 'conv_in': Input should be a valid list"),
+        ("validation.keep=0", r"^validation\.keep = 0: Input should be greater than 0"),
+        ("data.source=x", r"^data\.source = 'x': Input should be 'digits', 'folder' or 'hub'"),
+        ("training.mixed_precision=fp8", r"^training\.mixed_precision = 'fp8': Input should be"),
+    ],
+)
+def test_mistakes_in_the_configuration(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        QAT.configure([override])

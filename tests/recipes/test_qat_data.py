@@ -1,0 +1,133 @@
+"""Where the QAT recipes take models and images from, and what they are measured by."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+from PIL import Image
+from torch import Tensor, nn
+
+from tdq_plugin.errors import ConfigError
+from tdq_plugin.recipes.digits import load_digits
+from tdq_plugin.recipes.float_model import load_float_model, set_dropout
+from tdq_plugin.recipes.image_data import DataSection, load_images
+from tdq_plugin.recipes.image_quality import SampleQuality, as_bytes, missing_packages
+from tdq_plugin.recipes.plan import Memory, training_memory
+
+
+def test_digits_in_the_shape_of_the_model() -> None:
+    section = DataSection(source="digits", validation_images=100)
+    training, held_out = load_images(section, (3, 16, 16))
+    assert (len(training), len(held_out)) == (4900, 100)
+    images = training[torch.tensor([0, 5])]
+    assert images.shape == (2, 3, 16, 16)
+    assert torch.equal(images[:, 0], images[:, 2])
+    assert not set(training.numbers.tolist()) & set(held_out.numbers.tolist())
+    assert sorted([*training.numbers.tolist(), *held_out.numbers.tolist()]) == list(range(5000))
+
+
+def test_a_folder_of_pictures(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    Image.new("RGB", (12, 8), (255, 0, 0)).save(tmp_path / "a.png")
+    Image.new("L", (8, 8), 255).save(tmp_path / "below" / "b.PNG")
+    (tmp_path / "notes.txt").write_text("no picture")
+    section = DataSection(source="folder", location=str(tmp_path), validation_images=1)
+    parts = load_images(section, (3, 8, 8))
+    assert [len(part) for part in parts] == [1, 1]
+    both = torch.cat([part[torch.tensor([0])] for part in parts])
+    colours = {tuple(image[:, 4, 4].tolist()) for image in both}
+    assert colours == {(1.0, -1.0, -1.0), (1.0, 1.0, 1.0)}
+    (grey,) = load_images(section, (1, 4, 4))[0][torch.tensor([0])]
+    assert grey.shape == (1, 4, 4)
+
+
+def test_too_few_images(tmp_path: Path) -> None:
+    section = DataSection(source="folder", location=str(tmp_path), validation_images=3)
+    with pytest.raises(ConfigError, match=r"'folder' has 0 images at .*validation_images = 3"):
+        load_images(section, (3, 8, 8))
+
+
+@pytest.mark.skipif(find_spec("datasets") is not None, reason="datasets is installed")
+def test_a_hub_dataset_needs_its_package() -> None:
+    section = DataSection(source="hub", location="uoft-cs/cifar10", validation_images=1)
+    with pytest.raises(ConfigError, match=r"uoft-cs/cifar10.*pip install 'tdq-plugin\[hub\]'"):
+        load_images(section, (3, 32, 32))
+
+
+def test_a_saved_pipeline(tiny_pipeline: Path) -> None:
+    model = load_float_model(tiny_pipeline)
+    assert isinstance(model.scheduler, DDIMScheduler)
+    assert not model.unet.training
+    set_dropout(model.unet, 0.3)
+    rates = [module.p for module in model.unet.modules() if isinstance(module, nn.Dropout)]
+    assert rates.count(0.3) == 8
+    assert set(rates) == {0.3, 0.0}
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none' is neither the folder of a saved diffusers"):
+        load_float_model(tmp_path / "none")
+
+
+def test_a_model_that_predicts_something_else(tmp_path: Path) -> None:
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+    )
+    scheduler = DDIMScheduler(prediction_type="v_prediction")
+    DDPMPipeline(unet, scheduler).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="predicts 'v_prediction'; this recipe takes models that"):
+        load_float_model(tmp_path)
+
+
+def test_bytes_are_those_of_a_picture() -> None:
+    images = torch.tensor([-1.0, 0.0, 1.0, 2.0]).reshape(1, 1, 2, 2)
+    assert as_bytes(images).shape == (1, 3, 2, 2)
+    assert as_bytes(images)[0, 2].flatten().tolist() == [0, 128, 255, 255]
+
+
+def test_quality_of_samples() -> None:
+    digits, _ = load_digits(16)
+    noise = torch.randn(400, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    quality = SampleQuality("digits")
+    for half in digits[::5].split(400):
+        quality.add_real(half)
+    results = []
+    for drawn in (digits[::5], digits[1::5], noise):
+        for part in drawn.split(300):
+            quality.add_drawn(part)
+        results.append(quality.compute())
+    same, alike, wrong = (result["frechet_distance"] for result in results)
+    assert abs(same) < 1e-6
+    assert 0.01 < alike < 30 < wrong
+    assert 5 < results[0]["inception_score"] <= 10
+    assert results[2]["inception_score"] < 5
+
+
+@pytest.mark.skipif(not missing_packages("inception"), reason="torch-fidelity is installed")
+def test_inception_needs_its_packages() -> None:
+    with pytest.raises(ConfigError, match=r"torch_fidelity.*pip install 'tdq-plugin\[inception\]'"):
+        SampleQuality("inception")
+
+
+def test_memory_of_training() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(10, 10, False), nn.Linear(10, 10, False)
+
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            return self.second(self.first(sample).exp())
+
+    # Of each sample, backward needs the input and exp's output, which the second layer reads too.
+    memory = training_memory(Twice(), torch.zeros(2, 10), torch.zeros(2), teacher=True)
+    assert memory == Memory(state=6 * 800, activations=2 * 40)
+    described = Memory(state=3 * 10**9, activations=10**8).describe(8)
+    assert described.startswith(
+        "3.80 GB: 3.00 for parameters and optimizer, 100.0 MB for each of 8"
+    )

@@ -1,0 +1,183 @@
+"""The recipe `ddim-digits-qat` from configuration to report, and after a kill."""
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import tdq_plugin as tdq
+from tdq_plugin.cli import app
+from tdq_plugin.deploy import load_int8
+from tdq_plugin.errors import ConfigError
+from tdq_plugin.recipes import find_recipe
+from tdq_plugin.recipes.qat_methods import METHODS
+from tdq_plugin.study.schema import METRICS, validate_report
+
+QAT = find_recipe("ddim-digits-qat")
+TRAINED = ["tdq_nipq", "dynamic"]
+SMALL = [
+    "threads=1",
+    "steps=4",
+    "calibration.images=4",
+    "training.iterations=24",
+    "training.batch_size=4",
+    "training.checkpoint_every=6",
+    "training.log_every=1",
+    "evaluation.samples=100",
+    "evaluation.trajectories=4",
+]
+
+
+@pytest.fixture(scope="module")
+def overrides(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return [*SMALL, f"model={tiny_pipeline}", f"output={tmp_path_factory.mktemp('runs')}"]
+
+
+@pytest.fixture(scope="module")
+def finished(overrides: list[str]) -> Path:
+    return QAT.run(QAT.configure([*overrides, f"methods=[{', '.join(TRAINED)}]"]))
+
+
+@pytest.fixture(scope="module")
+def report(finished: Path) -> dict[str, Any]:
+    return json.loads((finished / "report.json").read_text())
+
+
+def test_the_report_has_a_row_for_every_method(report: dict[str, Any]) -> None:
+    validate_report(report)
+    rows = {row["method"]: row for row in report["rows"]}
+    assert list(rows) == ["float32", *(METHODS[name].title for name in TRAINED)]
+    for row in report["rows"][1:]:
+        assert row["execution"] == "fake"
+        assert all(row[metric] > 0 for metric in METRICS)
+    assert set(report["methods"]) == set(rows) - {"float32"}
+
+
+def test_the_command_of_the_report_gives_the_same_configuration(
+    report: dict[str, Any], overrides: list[str]
+) -> None:
+    program, verb, name, *repeated = shlex.split(report["command"])
+    assert (program, verb) == ("tdq", "run")
+    again = find_recipe(name).configure([*repeated, overrides[-1]])
+    assert again == QAT.configure([*overrides, f"methods=[{', '.join(TRAINED)}]"])
+
+
+def test_training_lowers_the_loss(finished: Path) -> None:
+    for name in TRAINED:
+        records = [
+            json.loads(line)
+            for line in (finished / "logs" / f"{name}.jsonl").read_text().splitlines()
+        ]
+        assert [record["step"] for record in records] == list(range(1, 25))
+        losses = [record["loss"] for record in records]
+        assert sum(losses[-8:]) < sum(losses[:8])
+
+
+def test_the_saved_model_draws(finished: Path) -> None:
+    unet = UNet2DModel.from_config(UNet2DModel.load_config(finished / "model" / "unet"))
+    x, t = torch.randn(2, 1, 16, 16), torch.tensor([0, 250])
+    integer = load_int8(finished / "model" / "int8", unet, (x, t))
+    with torch.no_grad():
+        assert integer(x, 250).isfinite().all()
+    assert tdq.load_table(finished / "tables" / "tdq_nipq.safetensors").timesteps.tolist() == [
+        0.0, 125.0, 250.0, 375.0, 500.0, 625.0, 750.0, 875.0
+    ]  # fmt: skip
+
+
+def test_a_killed_run_ends_in_the_same_weights(finished: Path, overrides: list[str]) -> None:
+    """Killed by the system at an arbitrary step, in another process."""
+    settings = [*overrides, "name=killed", "methods=[tdq_nipq]"]
+    config = QAT.configure(settings)
+    program = "import sys; from tdq_plugin.cli import main; sys.exit(main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "run", QAT.name, *settings], stderr=subprocess.DEVNULL
+    )
+    log = config.run_folder / "logs" / "tdq_nipq.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) >= 8):
+        assert process.poll() is None, "it ended before it was killed"
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (config.run_folder / "weights").exists()
+    checkpoint = torch.load(
+        config.run_folder / "checkpoints" / "tdq_nipq.pt", weights_only=True, map_location="cpu"
+    )
+    assert 0 < checkpoint["step"] < 24
+    resumed = QAT.run(config)
+    weights, expected = (
+        load_file(folder / "weights" / "tdq_nipq.safetensors") for folder in (resumed, finished)
+    )
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    logs = [folder / "logs" / "tdq_nipq.jsonl" for folder in (resumed, finished)]
+    assert logs[0].read_text() == logs[1].read_text()
+
+
+def test_a_finished_run_does_nothing_again(finished: Path, overrides: list[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (finished / "weights").iterdir()}
+    QAT.run(QAT.configure([*overrides, f"methods=[{', '.join(TRAINED)}]"]))
+    assert {path: path.stat().st_mtime_ns for path in (finished / "weights").iterdir()} == before
+
+
+def test_a_run_folder_belongs_to_one_configuration(finished: Path, overrides: list[str]) -> None:
+    other = QAT.configure([*overrides, "methods=[lsq]", f"name={finished.name}"])
+    with pytest.raises(ConfigError, match=r"holds a run with other settings: .*methods="):
+        QAT.run(other)
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tiny_pipeline: Path, tmp_path: Path) -> None:
+    arguments = ["run", QAT.name, f"model={tiny_pipeline}", f"output={tmp_path}", "--dry-run"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "tdq run ddim-digits-qat" in result.stdout
+    assert "steps       400 for each of 10 methods, batches of 32" in result.stdout
+    assert " GB: " in result.stdout
+    assert "4,500 images" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_without_data(overrides: list[str]) -> None:
+    settings = ["methods=[table_10]", "objective=data_free_distillation", "training.iterations=2"]
+    folder = QAT.run(QAT.configure([*overrides, *settings, "name=data-free"]))
+    assert (folder / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("bits=W9A9", r"^bits = 'W9A9': String should match pattern"),
+        ("methods=[]", r"^methods = \[\]: List should have at least 1 item"),
+        ("methods=[tdk]", r"^methods = \['tdk'\]: .*are no methods; choose from .*'tdq_nipq'"),
+        ("scale_learning_rates={lsq: 1}", r"^scale_learning_rates = .*'tdq'.* no learning rate"),
+        ("objective=x", r"^objective = 'x': Input should be 'noise', 'distillation' or"),
+        ("training.ema_decay=1", r"^training\.ema_decay = 1: Input should be less than 1"),
+        ("training.rate=1", r"^Unknown key 'training.rate'. Known keys: batch_size, "),
+        ("trackers=[x]", r"^trackers\.0 = 'x': Input should be 'tensorboard', 'trackio' or"),
+        ("evaluation.seed=0", r"^evaluation = .*calibration would see the noise of the test"),
+    ],
+)
+def test_mistakes_in_the_configuration(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        QAT.configure([override])
+
+
+def test_a_name_that_cannot_be_filled_in() -> None:
+    config = QAT.configure(["name=x-{draw}"])
+    with pytest.raises(ConfigError, match=r"name = 'x-\{draw\}': only .*\{bits\}"):
+        _ = config.run_folder
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    config = QAT.configure([f"model={tmp_path / 'none'}", f"output={tmp_path / 'runs'}"])
+    with pytest.raises(ConfigError, match=r"none' is neither the folder of a saved"):
+        QAT.run(config)
+    assert not config.run_folder.exists()
