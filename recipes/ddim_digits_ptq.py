@@ -1,28 +1,25 @@
 """Quantize the digits DDIM by each method, sample with the result, and write a report."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 import tdq_plugin as tdq
-from tdq_plugin.errors import ConfigError
 from tdq_plugin.observe import Observation
-from tdq_plugin.recipes.digits import load_digits
-from tdq_plugin.recipes.digits_classifier import load_classifier
+from tdq_plugin.recipes.digits_evaluation import make_evaluator
 from tdq_plugin.recipes.evaluation import Evaluator
+from tdq_plugin.recipes.float_model import load_float_model
 from tdq_plugin.recipes.frameworks import Framework, load_framework
 from tdq_plugin.recipes.method_states import MethodStates
 from tdq_plugin.recipes.ptq_config import PTQConfig
 from tdq_plugin.recipes.ptq_methods import METHODS
 from tdq_plugin.recipes.ptq_quantize import apply_method, sampler_weighting
 from tdq_plugin.recipes.ptq_report import write_results
-from tdq_plugin.recipes.reference import cached_images
 from tdq_plugin.recipes.run_state import RunState
-from tdq_plugin.recipes.sampling import Denoiser, image_shape, sample, scheduler_with
+from tdq_plugin.recipes.sampling import Denoiser, image_shape, scheduler_with
 from tdq_plugin.reconstruct import (
     CalibrationSet,
     Progress,
@@ -42,9 +39,12 @@ def run(config: PTQConfig) -> Path:
     torch.manual_seed(config.seed)
     framework = load_framework(config.adapter)
     config.learns_rounding(framework)
-    unet, scheduler = _float_model(config.model)
+    float_model = load_float_model(config.model)
+    unet, scheduler = float_model.unet, float_model.scheduler
     state = RunState(config.run_folder, config.model_dump(mode="json"))
-    evaluator = _evaluator(config, unet, scheduler)
+    evaluator = make_evaluator(
+        config.evaluation, config.steps, float_model, config.model, config.output / "float-images"
+    )
     data = _calibration_data(config, unet, scheduler)
     model = framework.prepare(unet, data, config.widths)
     observations = _observe(model, data)
@@ -65,49 +65,6 @@ def run(config: PTQConfig) -> Path:
             denoiser = framework.simulate(states.load(name))
             _evaluate(config, state, name, "fake", denoiser, evaluator)
     return write_results(config, framework, state, states, observations, evaluator, unet, data)
-
-
-def _float_model(folder: Path) -> tuple[UNet2DModel, DDIMScheduler]:
-    if not (folder / "model_index.json").is_file():
-        raise ConfigError(
-            f"model = {folder} is no saved diffusers pipeline. Train one with "
-            "`tdq run ddim-digits-pretrain`, and pass its folder: model=."
-        )
-    unet = UNet2DModel.from_pretrained(folder, subfolder="unet").eval()
-    return unet, DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
-
-
-def _evaluator(config: PTQConfig, unet: UNet2DModel, scheduler: DDIMScheduler) -> Evaluator:
-    generator = torch.Generator().manual_seed(config.evaluation.seed)
-    samples, shape = config.evaluation.samples, image_shape(unet)
-    noise = torch.randn(2 * samples, *shape, generator=generator)
-    ordinary = scheduler_with(scheduler, config.steps)
-    halfway = scheduler.config.num_train_timesteps // (2 * config.steps)
-
-    def denoiser(x: Tensor, t: Any) -> Tensor:
-        predicted: Tensor = unet(x, t, return_dict=False)[0]
-        return predicted
-
-    def draw() -> Tensor:
-        with tqdm(total=len(noise), desc="float32: images", unit="image") as progress:
-            return sample(denoiser, ordinary, noise, advance=progress.update)
-
-    key = f"{config.steps} steps, {samples} samples, seed {config.evaluation.seed}"
-    images = cached_images(config.output / "float-images", key, config.model, draw)
-    trajectory_noise = torch.randn(config.evaluation.trajectories, *shape, generator=generator)
-    with tqdm(total=2 * config.steps, desc="float32: trajectories", unit="step") as progress:
-        return Evaluator(
-            denoiser,
-            ordinary,
-            unseen=scheduler_with(scheduler, config.steps, offset=halfway),
-            noise=noise[:samples],
-            images=images[:samples],
-            other_images=images[samples:],
-            trajectory_noise=trajectory_noise,
-            features=load_classifier().features,
-            data=load_digits(unet.config.sample_size)[0],
-            advance=progress.update,
-        )
 
 
 def _calibration_data(

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationInfo, field_validator
+from pydantic import Field, PositiveFloat, ValidationInfo, field_validator
 
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes.bits import Bits
-from tdq_plugin.recipes.config import RecipeConfig
+from tdq_plugin.recipes.config import RecipeConfig, Section
+from tdq_plugin.recipes.digits_evaluation import EvaluationSection
 from tdq_plugin.recipes.frameworks import Framework, FrameworkName
 from tdq_plugin.recipes.ptq_methods import METHODS
 from tdq_plugin.reconstruct import Granularity, ReconstructionConfig, TimestepDistribution
@@ -17,11 +18,7 @@ __all__ = ["PTQConfig"]
 MODEL = Path(__file__).parent / "assets" / "ddim-digits"
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class CalibrationSection(_Section):
+class CalibrationSection(Section):
     """Calibration data: `images` trajectories of the float model, within `byte_budget`.
 
     The images are divided among `shifts`: by how much of the distance between two steps the
@@ -35,7 +32,7 @@ class CalibrationSection(_Section):
     byte_budget: int = Field(gt=0)
 
 
-class ReconstructionSection(_Section):
+class ReconstructionSection(Section):
     """The training that `lsq`, `learned_table` and the `tdq` methods share.
 
     `learn_rounding` also learns how weights are rounded (AdaRound); `null` does so where the
@@ -48,7 +45,7 @@ class ReconstructionSection(_Section):
     learn_rounding: bool | None
 
 
-class TrainingSection(_Section):
+class TrainingSection(Section):
     """How one method is trained: learning rate, and weight of the error at t = 0.
 
     Zero points learn ten times as fast.
@@ -56,14 +53,6 @@ class TrainingSection(_Section):
 
     learning_rate: PositiveFloat
     weight_at_zero: float = Field(ge=0)
-
-
-class EvaluationSection(_Section):
-    """Images drawn per method, float trajectories followed, and the seed of their noise."""
-
-    samples: int = Field(ge=100)
-    trajectories: int = Field(gt=0)
-    seed: int
 
 
 class PTQConfig(RecipeConfig):

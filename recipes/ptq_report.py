@@ -1,10 +1,5 @@
 """Turn the results of the PTQ recipe into the saved model, `report.json` and `report.html`."""
 
-import json
-import platform
-import shlex
-from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +10,15 @@ from torch import Tensor
 import tdq_plugin as tdq
 from tdq_plugin.observe import Observation
 from tdq_plugin.ranges import search_scale
-from tdq_plugin.recipes import find_recipe
 from tdq_plugin.recipes.evaluation import Evaluator, Result
 from tdq_plugin.recipes.frameworks import Framework
 from tdq_plugin.recipes.method_states import MethodStates
 from tdq_plugin.recipes.ptq_deploy import measure_latency, save_model
 from tdq_plugin.recipes.ptq_methods import METHODS
+from tdq_plugin.recipes.report_parts import command, dynamics, versions
 from tdq_plugin.recipes.run_state import RunState
 from tdq_plugin.reconstruct import CalibrationSet
-from tdq_plugin.study import temporal_dynamics, write_report
+from tdq_plugin.study import write_report
 from tdq_plugin.study.figures import error_over_timesteps, sample_grid, scale_curves
 from tdq_plugin.study.schema import Report, ReportRow
 
@@ -51,17 +46,17 @@ def write_results(
     sizes = save_model(config, framework, state, states, unet, evaluator.scheduler)
     report: Report = {
         "recipe": RECIPE,
-        "command": _command(config),
+        "command": command(RECIPE, config),
         "seed": config.seed,
         "bits": config.bits,
-        "versions": _versions(),
+        "versions": versions("tdq-plugin", "torch", "diffusers", "torchmetrics"),
         "rows": _rows(config, state, evaluator),
         "methods": {METHODS[name].title: METHODS[name].description for name in config.methods},
         "notes": [_rounding(config, framework)],
         "latency": measure_latency(config, framework, state, states, unet, data),
         "size_bytes": sizes,
         "noise_floor": evaluator.noise_floor(),
-        "temporal_dynamics": _dynamics(observations).as_dict(),
+        "temporal_dynamics": dynamics(observations),
     }
     write_report(state.folder, report, _figures(config, state, observations, evaluator))
     return state.folder
@@ -71,31 +66,6 @@ def _rounding(config: "PTQConfig", framework: Framework) -> str:
     if config.learns_rounding(framework):
         return "Every trained method learns the rounding of the weights together with its scales."
     return "All methods share the same weights, rounded to nearest."
-
-
-def _command(config: "PTQConfig") -> str:
-    """The recipe with every setting that differs from its file, wherever the results go."""
-    usual = dict(_leaves(find_recipe(RECIPE).configure().model_dump(mode="json")))
-    chosen = _leaves(config.model_dump(mode="json", exclude={"output"}))
-    overrides = [f"{key}={_yaml(value)}" for key, value in chosen if usual.get(key) != value]
-    return shlex.join(["tdq", "run", RECIPE, *overrides])
-
-
-def _leaves(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _yaml(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _versions() -> dict[str, str]:
-    names = ("tdq-plugin", "torch", "diffusers", "torchmetrics")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def _rows(config: "PTQConfig", state: RunState, evaluator: Evaluator) -> list[ReportRow]:
@@ -116,15 +86,6 @@ def _any_result(state: RunState, name: str) -> Result:
     result = state.result(name, "int8") or state.result(name, "fake")
     assert result is not None
     return result
-
-
-def _dynamics(observations: dict[str, Observation]) -> Any:
-    timesteps = next(iter(observations.values())).timesteps
-    deviations = torch.stack([seen.deviation for seen in observations.values()])
-    ranges = torch.stack(
-        [seen.values.abs().quantile(0.999, dim=1) for seen in observations.values()]
-    )
-    return temporal_dynamics(timesteps, deviations, ranges)
 
 
 def _figures(

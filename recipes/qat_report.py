@@ -1,24 +1,18 @@
 """Turn the results of `ddim-digits-qat` into the saved model, `report.json` and `report.html`."""
 
-import json
-import platform
-import shlex
-from collections.abc import Iterator
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import torch
 from diffusers import UNet2DModel
 from torch import Tensor, fx
 
 from tdq_plugin.observe import Observation
-from tdq_plugin.recipes import find_recipe
 from tdq_plugin.recipes.evaluation import Evaluator, Result
 from tdq_plugin.recipes.image_quality import FEATURE_SPACES
 from tdq_plugin.recipes.qat_methods import METHODS
 from tdq_plugin.recipes.qat_model import save_integer_model
+from tdq_plugin.recipes.report_parts import command, dynamics, versions
 from tdq_plugin.recipes.run_state import RunState
-from tdq_plugin.study import temporal_dynamics, write_report
+from tdq_plugin.study import write_report
 from tdq_plugin.study.figures import error_over_timesteps, sample_grid
 from tdq_plugin.study.schema import Latency, Report, ReportRow
 
@@ -56,48 +50,23 @@ def write_results(
     size = save_integer_model(state.folder / "model", deployed, unet, evaluator.scheduler, RECIPE)
     report: Report = {
         "recipe": RECIPE,
-        "command": _command(config),
+        "command": command(RECIPE, config),
         "seed": config.seed,
         "bits": config.bits,
-        "versions": _versions(),
+        "versions": versions("tdq-plugin", "torch", "diffusers", "accelerate", "torchmetrics"),
         "rows": _rows(config, state, evaluator),
         "methods": {METHODS[name].title: METHODS[name].description for name in config.methods},
         "notes": NOTES,
         "latency": NOT_TIMED,
         "size_bytes": {"float32": _float_bytes(unet), "int8": size},
         "noise_floor": evaluator.noise_floor(),
-        "temporal_dynamics": _dynamics(observations),
+        "temporal_dynamics": dynamics(observations),
     }
     write_report(state.folder, report, _figures(config, state, evaluator))
 
 
 def _float_bytes(unet: UNet2DModel) -> int:
     return sum(p.numel() * p.element_size() for p in unet.parameters())
-
-
-def _command(config: "QATConfig") -> str:
-    """The recipe with every setting that differs from its file, wherever the results go."""
-    usual = dict(_leaves(find_recipe(RECIPE).configure().model_dump(mode="json")))
-    chosen = _leaves(config.model_dump(mode="json", exclude={"output"}))
-    overrides = [f"{key}={_yaml(value)}" for key, value in chosen if usual.get(key) != value]
-    return shlex.join(["tdq", "run", RECIPE, *overrides])
-
-
-def _leaves(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _yaml(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _versions() -> dict[str, str]:
-    names = ("tdq-plugin", "torch", "diffusers", "accelerate", "torchmetrics")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def _rows(config: "QATConfig", state: RunState, evaluator: Evaluator) -> list[ReportRow]:
@@ -115,16 +84,6 @@ def _result(state: RunState, name: str) -> Result:
     result = state.result(name)
     assert result is not None
     return result
-
-
-def _dynamics(observations: dict[str, Observation]) -> dict[str, Any]:
-    timesteps = next(iter(observations.values())).timesteps
-    deviations = torch.stack([seen.deviation for seen in observations.values()])
-    ranges = torch.stack(
-        [seen.values.abs().quantile(0.999, dim=1) for seen in observations.values()]
-    )
-    dynamics: dict[str, Any] = temporal_dynamics(timesteps, deviations, ranges).as_dict()
-    return dynamics
 
 
 def _figures(

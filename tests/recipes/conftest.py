@@ -8,14 +8,15 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-from tdq_plugin.recipes import image_data
+from tdq_plugin.recipes import digits_evaluation, image_data
 from tdq_plugin.recipes.digits import load_digits
 
 
 @pytest.fixture(scope="session", autouse=True)
 def digits_are_read_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(image_data, "load_digits", functools.cache(load_digits))
+        for module in (image_data, digits_evaluation):
+            patch.setattr(module, "load_digits", functools.cache(load_digits))
         yield
 
 
