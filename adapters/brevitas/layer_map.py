@@ -68,35 +68,27 @@ def tdq_layer_map(
     kind = TDQInt8ActPerTensorFloat if symmetric_activations else TDQShiftedUint8ActPerTensorFloat
     activation = kind.let(bit_width=activation_bits, **names)
     unsigned = TDQUint8ActPerTensorFloat.let(bit_width=activation_bits, **names)
-    weight = weight_quant.let(bit_width=weight_bits)
+    layer = {
+        "input_quant": activation,
+        "weight_quant": weight_quant.let(bit_width=weight_bits),
+        "bias_quant": bias_quant,
+    }
     products = {
         "q_scaled_quant": activation,
         "k_transposed_quant": activation,
         "v_quant": activation,
         "attn_output_weights_quant": unsigned,
     }
+    plain = {"return_quant_tensor": False}
+    layer_map: LayerMap = {
+        original: (quantized, {**layer, **plain}) for original, quantized in _LAYERS.items()
+    }
     projections = {
         f"{projection}_{slot}": quantizer
         for projection in ("in_proj", "out_proj")
-        for slot, quantizer in (
-            ("input_quant", activation),
-            ("weight_quant", weight),
-            ("bias_quant", bias_quant),
-        )
+        for slot, quantizer in layer.items()
     }
-    layer_map: LayerMap = {
-        layer: (
-            quantized,
-            {
-                "input_quant": activation,
-                "weight_quant": weight,
-                "bias_quant": bias_quant,
-                "return_quant_tensor": False,
-            },
-        )
-        for layer, quantized in _LAYERS.items()
-    }
-    attention = {**products, **projections, "return_quant_tensor": False}
+    attention = {**projections, **products, **plain}
     layer_map[nn.MultiheadAttention] = (qnn.QuantMultiheadAttention, attention)
-    layer_map[qnn.ScaledDotProductAttention] = (qnn.QuantScaledDotProductAttention, dict(products))
+    layer_map[qnn.ScaledDotProductAttention] = (qnn.QuantScaledDotProductAttention, products)
     return layer_map

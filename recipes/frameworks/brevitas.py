@@ -64,7 +64,7 @@ class _Brevitas:
 
     def save(self, model: UNet2DModel, folder: Path, extra: dict[str, Any]) -> None:
         folder.mkdir()
-        timestep = int(tdq.scale_bank(model).timesteps[0])
+        timestep = int(tdq.scale_bank(model).get_buffer("timesteps")[0])
         export_onnx(model, folder / "model.onnx", (torch.zeros(2, *image_shape(model)), timestep))
         (folder / "recipe.json").write_text(json.dumps(extra))
 

@@ -1,5 +1,7 @@
 """How each export of Brevitas writes a TDQ activation: one handler class for each format."""
 
+from typing import cast
+
 import torch
 from brevitas.export.common.handler.base import BaseHandler
 from brevitas.export.onnx.handler import ONNXBaseHandler
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from tdq_plugin.adapters.brevitas.proxy import TDQActQuantProxy
 from tdq_plugin.errors import AdapterError
+from tdq_plugin.hooks import ScaleRow
 
 __all__ = ["OnnxQCDQHandler", "QONNXHandler", "TorchQCDQHandler"]
 
@@ -39,7 +42,8 @@ class _TDQHandler(BaseHandler):
                 f"The quantizer {quantizer.name!r} has float_to_int_impl_type = "
                 f"{module.rounding_mode!r}; exported ones round to nearest: 'round'."
             )
-        self.name, self.grid, self.row = quantizer.name, quantizer.grid, tensor_quant.row
+        self.name, self.grid = quantizer.name, quantizer.grid
+        self.row = cast(ScaleRow, tensor_quant.row)
         self.dimension = tensor_quant.batch_dimension
         self.bits = module.bit_width()
 

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import onnx
 from brevitas.export import QONNXManager, StdQCDQONNXManager
@@ -36,7 +36,7 @@ class _QONNX(QONNXManager):
     onnx_passes = (*_PASSES, *QONNXManager.onnx_passes)
 
 
-_MANAGERS = {"qcdq": _QCDQ, "qonnx": _QONNX}
+_MANAGERS: dict[str, Any] = {"qcdq": _QCDQ, "qonnx": _QONNX}
 
 
 def export_onnx(

@@ -59,7 +59,7 @@ class ExportedModel(nn.Module):
         """What the model predicts: its output, or the first of several."""
         given = dict(zip(self.inputs, inputs, strict=True))
         arguments = {name: given.get(name, old) for name, old in self._bound.arguments.items()}
-        bound = inspect.BoundArguments(self._bound.signature, arguments)  # type: ignore[arg-type]
+        bound = inspect.BoundArguments(self._bound.signature, arguments)
         return first_tensor(self.model(*bound.args, **bound.kwargs))
 
 

@@ -48,7 +48,7 @@ def export_torch(
     check_quantizers(exported, _TorchQCDQ)
     with warnings.catch_warnings():
         # What the tracer takes for constant are sizes of the example, and checks.
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         # It is what Brevitas exports to.
         warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
         traced: torch.jit.ScriptModule = _TorchQCDQ.export(
