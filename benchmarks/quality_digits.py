@@ -18,9 +18,9 @@ from typing import Any
 
 from tdq_plugin.files import atomic_file
 
-EVERY_DRAW = ["lsq", "learned_table", "tdq"]
+EVERY_DRAW = ["lsq", "tdq"]
 ONCE = {
-    "int8_methods": ["minmax", "mse", "timestep_minmax", "tdq_paper"],
+    "int8_methods": ["learned_table", "minmax", "mse", "timestep_minmax", "tdq_paper"],
     "fake_methods": ["dynamic"],
 }
 METRICS = {
