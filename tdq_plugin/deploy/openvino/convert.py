@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tdq_plugin.deploy.lower import LOOKUP, lower_to_int8
-from tdq_plugin.deploy.openvino.eight_bits import store_weights_as_integers, widen_activations
+from tdq_plugin.deploy.openvino.eight_bits import store_weights_as_int8, widen_activations
 from tdq_plugin.deploy.openvino.model import OpenVINOModel
 from tdq_plugin.deploy.openvino.move_scales import move_scales
 from tdq_plugin.deploy.openvino.nodes import fake_quantizers, layer_name
@@ -18,7 +18,8 @@ from tdq_plugin.deploy.openvino.precision import DEFAULT_PROPERTIES, integer_lay
 from tdq_plugin.deploy.openvino.ratios import static_reference
 from tdq_plugin.deploy.openvino.report import ConversionReport
 from tdq_plugin.deploy.openvino.rewrite import check_bank, rewrite, table_of
-from tdq_plugin.errors import AdapterError, TraceError
+from tdq_plugin.deploy.openvino.tabulate import tabulate_timestep_path
+from tdq_plugin.errors import AdapterError, LookupRuleError, TraceError
 from tdq_plugin.scales.frozen import FrozenBank
 from tdq_plugin.timestep import find_timestep_argument
 
@@ -44,8 +45,8 @@ def to_openvino(
             such as `tdq_plugin.adapters.nncf.strip` gives.
         example_inputs: One call of the model: positional arguments as a tuple, or arguments by
             name. The batch size stays free, other sizes are those of the example.
-        cache_timestep_path: Tabulate all that depends on the timestep alone, see `lower_to_int8`.
-            Only frozen graphs have a choice.
+        cache_timestep_path: Tabulate all that depends on the timestep alone, the time embedding
+            and its projections.
         properties: Properties for OpenVINO's CPU plugin, such as
             `{"INFERENCE_NUM_THREADS": 1}`. The precision hint is `f32` unless they say otherwise.
 
@@ -54,34 +55,38 @@ def to_openvino(
 
     Raises:
         AdapterError: The model is not frozen, has no table, or has a layer without int8 form.
-        LookupRuleError: The table interpolates, or `lower_to_int8` cannot cache the timestep path.
+        LookupRuleError: The table interpolates, or the timestep path shall be cached and the
+            lookup rule is not `exact`.
         ScaleError: Zero points move with t.
         TimestepError: The model has no timestep argument.
 
     Warns:
         UserWarning: A layer that runs on int8 kernels with static scales does not here.
     """
-    module, bank, inputs, timestep = _traceable(model, example_inputs, cache_timestep_path)
+    module, bank, inputs, timestep = _traceable(model, example_inputs)
+    mixed = isinstance(module, fx.GraphModule)
     converted = _convert(module, inputs)
     widen_activations(converted)
-    store_weights_as_integers(converted)
+    store_weights_as_int8(converted)
+    if cache_timestep_path:
+        _check_lookup(bank)
+        tabulate_timestep_path(converted, timestep, bank.timesteps.numpy(), mixed)
     reference = static_reference(converted)
     readers_left = move_scales(converted)
     properties = {**DEFAULT_PROPERTIES, **(properties or {})}
     ours, static = (integer_layers(m, properties) for m in (converted, reference))
     report = ConversionReport(readers_left, sorted(ours), sorted(static - ours))
     report.warn()
-    mixed = isinstance(module, fx.GraphModule)
     return OpenVINOModel(converted, bank, timestep, mixed, report, properties)
 
 
 def _traceable(
-    model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any], cache_timestep_path: bool
+    model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any]
 ) -> tuple[nn.Module, FrozenBank, dict[str, Tensor], str]:
     """A module that can be traced, its table, the inputs to trace it with, and which is t."""
     if isinstance(model, fx.GraphModule):
         if not hasattr(model, LOOKUP):
-            model = lower_to_int8(model, cache_timestep_path=cache_timestep_path)
+            model = lower_to_int8(model, cache_timestep_path=False)
         bank = table_of(model)
     else:
         bank = _bank_of_module(model)
@@ -92,6 +97,14 @@ def _traceable(
     inputs[timestep] = bank.timesteps[:1].expand(batch).clone()
     module = rewrite(model, inputs) if isinstance(model, fx.GraphModule) else model
     return module, bank, inputs, timestep
+
+
+def _check_lookup(bank: FrozenBank) -> None:
+    if bank.lookup != "exact":
+        raise LookupRuleError(
+            f"The timestep path cannot be cached with lookup={bank.lookup!r}: between the table's "
+            "timesteps its values are unknown. Pass cache_timestep_path=False."
+        )
 
 
 def _bank_of_module(model: nn.Module) -> FrozenBank:

@@ -104,8 +104,9 @@ class OpenVINOModel:
         for node in self.model.get_parameters():
             name, expected = node.get_friendly_name(), sizes(node.output(0))
             if name != self.timestep_input and list(tensors[name].shape[1:]) != expected[1:]:
+                wanted = ", ".join(["B", *map(str, expected[1:])])
                 raise AdapterError(
-                    f"The converted model takes {name!r} of shape (B, *{tuple(expected[1:])}), not "
+                    f"The converted model takes {name!r} of shape ({wanted}), not "
                     f"{tuple(tensors[name].shape)}. Convert it with an example of that size."
                 )
 

@@ -29,12 +29,16 @@ def fake_quantizers(model: ov.Model) -> Iterator[ov.Node]:
 
 
 def is_constant(output: ov.Output) -> bool:
-    """Whether a value depends on constants alone."""
-    node = output.get_node()
-    if node.get_type_name() == "Constant":
-        return True
-    inputs = node.input_values()
-    return bool(inputs) and all(is_constant(value) for value in inputs)
+    """Whether a value depends on no input of the model."""
+    pending, seen = [output.get_node()], set()
+    while pending:
+        node = pending.pop()
+        if node.get_type_name() == "Parameter":
+            return False
+        sources = [value.get_node() for value in node.input_values()]
+        pending += [source for source in sources if source.get_name() not in seen]
+        seen |= {source.get_name() for source in sources}
+    return True
 
 
 def is_single(output: ov.Output) -> bool:

@@ -122,6 +122,16 @@ def test_nearest_lookup():
         assert relative_error(ours, theirs) < 1e-3
 
 
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_table_of_one_timestep(tiny, cache):
+    model = copy.deepcopy(tiny[0])
+    table = tdq.scale_bank(model).table
+    row = (table.timesteps[2:3], table.scales[2:3], table.zero_points)
+    tdq.load_scales(model, tdq.ScaleTable(table.grids, *row))
+    converted = to_openvino(model, example_inputs(), cache_timestep_path=cache)
+    assert relative_error(converted(SAMPLE, 250), model(SAMPLE, 250)) < 1e-3
+
+
 def test_further_inputs():
     model = labelled()
     example = (*example_inputs(), torch.tensor([1, 3]))
@@ -149,7 +159,12 @@ class Sliced(nn.Module):
         step = self.bank.scales[0, 0].item()
         value = torch.fake_quantize_per_tensor_affine(sample / ratio, step, 128, 0, 255) * ratio
         weight = torch.fake_quantize_per_channel_affine(
-            self.conv.weight, torch.full((8,), 0.003), torch.zeros(8, dtype=torch.int32), 0, -128, 127
+            self.conv.weight,
+            torch.full((8,), 0.003),
+            torch.zeros(8, dtype=torch.int32),
+            0,
+            -128,
+            127,
         )
         value = value[:, :, 1:] if self.slices else value
         return nn.functional.conv2d(value, weight, self.conv.bias)
@@ -201,6 +216,9 @@ def test_what_cannot_be_converted_says_why(tiny):
     linear = frozen_tiny(lookup="linear")
     with pytest.raises(LookupRuleError, match="cannot interpolate"):
         to_openvino(linear, example_inputs(), cache_timestep_path=False)
+    nearest = frozen_tiny(lookup="nearest")
+    with pytest.raises(LookupRuleError, match=r"lookup='nearest'.*cache_timestep_path=False"):
+        to_openvino(nearest, example_inputs())
 
 
 def test_zero_points_that_move_with_t_are_refused():

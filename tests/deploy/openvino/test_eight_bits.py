@@ -6,7 +6,7 @@ import pytest
 from openvino import opset13 as ops
 
 from tdq_plugin import activation_grid, weight_grid
-from tdq_plugin.deploy.openvino.eight_bits import store_weights_as_integers, widen_activations
+from tdq_plugin.deploy.openvino.eight_bits import store_weights_as_int8, widen_activations
 from tdq_plugin.deploy.openvino.precision import DEFAULT_PROPERTIES, integer_layers
 
 GRIDS = [activation_grid(bits, symmetric) for bits in range(2, 9) for symmetric in (False, True)]
@@ -66,7 +66,7 @@ def test_weights_are_stored_as_int8(bits, narrow):
     x = ops.parameter((4, 4), np.float32)
     model = ov.Model([ops.matmul(x, quantized, False, True)], [x])
     stored = model.clone()
-    store_weights_as_integers(stored)
+    store_weights_as_int8(stored)
     identity = np.eye(4, dtype=np.float32)
     ours, theirs = compiled(stored)(identity), compiled(model)(identity)
     np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-5)
@@ -89,7 +89,7 @@ def test_other_quantizers_of_weights_stay(ends):
     x = ops.parameter((4, 4), np.float32)
     quantized = ops.fake_quantize(weight, *limits, 256)
     model = ov.Model([ops.matmul(x, quantized, False, True)], [x])
-    store_weights_as_integers(model)
+    store_weights_as_int8(model)
     assert [node for node in model.get_ops() if node.get_type_name() == "FakeQuantize"]
 
 
@@ -99,3 +99,18 @@ def test_a_float_product_with_int8_weights_is_no_integer_layer():
     weight = ops.multiply(ops.convert(constant(codes, np.int8), ov.Type.f32), constant(0.01))
     product = ops.matmul(x, weight, False, True)
     assert integer_layers(ov.Model([product], [x]), DEFAULT_PROPERTIES) == set()
+
+
+def test_int4_weights_become_int8_with_the_same_values():
+    packed = np.random.default_rng(0).integers(0, 256, 18, dtype=np.uint8)
+    codes = ops.constant(ov.Tensor(packed, [4, 9], ov.Type.i4))
+    weight = ops.multiply(ops.convert(codes, ov.Type.f32), constant(0.5))
+    x = ops.parameter((9, 9), np.float32)
+    model = ov.Model([ops.matmul(x, weight, False, True)], [x])
+    stored = model.clone()
+    store_weights_as_int8(stored)
+    assert ov.Type.i4 not in {node.get_element_type() for node in stored.get_ops()}
+    identity = np.eye(9, dtype=np.float32)
+    np.testing.assert_array_equal(compiled(stored)(identity), compiled(model)(identity))
+    low_nibble = np.int8(packed[0] << 4) >> 4
+    assert compiled(stored)(identity)[0, 0] == low_nibble / 2

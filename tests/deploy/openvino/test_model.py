@@ -36,7 +36,7 @@ def test_a_wrong_timestep_is_an_error(tiny):
 
 def test_another_size_is_an_error(tiny):
     _, model = tiny
-    with pytest.raises(AdapterError, match=r"'sample' of shape \(B, \*\(1, 8, 8\)\), not \(2, 1, 16"):
+    with pytest.raises(AdapterError, match=r"'sample' of shape \(B, 1, 8, 8\), not \(2, 1, 16"):
         model(torch.zeros(2, 1, 16, 16), 250)
 
 
