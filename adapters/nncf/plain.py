@@ -24,25 +24,37 @@ class RescaledFakeQuantize(nn.Module):
     """`g * FakeQuantize(x / g)`: the fake quantization is the same for all timesteps.
 
     Args:
-        quantizer: Its static scale and its grid are taken.
+        quantizer: Its name and its grid are taken.
+        scale: The step of the fake quantization.
         zero_point: The code of zero.
-        row: Its row among the ratios.
+        row: Its row among the ratios; None if g is 1 for all timesteps.
         ratios: Where the stripped model puts the ratios.
     """
 
-    def __init__(self, quantizer: TDQQuantizer, zero_point: int, row: int, ratios: Ratios) -> None:
+    def __init__(
+        self,
+        quantizer: TDQQuantizer,
+        scale: float,
+        zero_point: int,
+        row: int | None,
+        ratios: Ratios,
+    ) -> None:
         super().__init__()
-        self.scale, self.zero_point = float(quantizer.static_scale), zero_point
+        self.scale, self.zero_point = scale, zero_point
         self.quant_min, self.quant_max = quantizer.grid.quant_min, quantizer.grid.quant_max
         self.name, self.row, self.ratios = quantizer.name, row, ratios
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.row is None:
+            return self._quantize(x)
         assert self.ratios.now is not None
         ratios, reciprocals = self.ratios.now
-        value = torch.fake_quantize_per_tensor_affine(
-            x * reciprocals[self.row], self.scale, self.zero_point, self.quant_min, self.quant_max
+        return self._quantize(x * reciprocals[self.row]) * ratios[self.row]
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        return torch.fake_quantize_per_tensor_affine(
+            x, self.scale, self.zero_point, self.quant_min, self.quant_max
         )
-        return value * ratios[self.row]
 
 
 class FakeQuantizeWeight(nn.Module):

@@ -25,8 +25,9 @@ def strip(model: nn.Module, timestep_argument: str | None = None) -> "StrippedMo
     """Replace all quantizers of a frozen model by torch's operators; on a copy.
 
     Every activation quantizer becomes `g(t) * FakeQuantize(x / g(t))`, whose fake quantization is
-    constant, every weight quantizer a plain fake quantization. NNCF's own `nncf.strip` knows
-    8 bits only, and its result cannot be exported by torch.
+    constant, every weight quantizer a plain fake quantization, and so does an activation quantizer
+    whose scale stands still over t. NNCF's own `nncf.strip` knows 8 bits only, and its result
+    cannot be exported by torch.
 
     Args:
         model: From `prepare`, `attach` and `freeze`.
@@ -82,14 +83,14 @@ class StrippedModel(nn.Module):
         bank = scale_bank(model)
         assert isinstance(bank, FrozenBank)
         quantizers = [q for _, q in named_quantizers(model) if isinstance(q, TDQQuantizer)]
-        static = torch.stack([quantizer.static_scale for quantizer in quantizers])
-        self.register_buffer("ratios", bank.scales / static)
-        self.register_buffer("reciprocals", static / bank.scales)
+        base = _base_scales(quantizers, bank)
+        self.register_buffer("ratios", bank.scales / base)
+        self.register_buffer("reciprocals", base / bank.scales)
         arguments = list(inspect.signature(model.forward).parameters)
         self.timestep_argument = timestep_argument
         self.sample_argument = next(name for name in arguments if name != timestep_argument)
         self._now = Ratios()
-        _exchange(model, quantizers, bank, self._now)
+        _exchange(model, quantizers, base, bank, self._now)
         disconnect_rows(model)
         del model.scale_bank
         self.bank, self.model = bank, model.eval()
@@ -134,13 +135,30 @@ class StrippedModel(nn.Module):
         return timesteps[:1]
 
 
+def _moves(bank: FrozenBank) -> Tensor:
+    """Whose scale depends on t, shape `(L,)`."""
+    return (bank.scales != bank.scales[0]).any(dim=0)
+
+
+def _base_scales(quantizers: list[TDQQuantizer], bank: FrozenBank) -> Tensor:
+    """NNCF's static scales; a scale that stands still over t is its own, with a ratio of 1."""
+    static = torch.stack([quantizer.static_scale for quantizer in quantizers])
+    return torch.where(_moves(bank), static, bank.scales[0])
+
+
 def _exchange(
-    model: nn.Module, quantizers: list[TDQQuantizer], bank: FrozenBank, ratios: Ratios
+    model: nn.Module,
+    quantizers: list[TDQQuantizer],
+    base: Tensor,
+    bank: FrozenBank,
+    ratios: Ratios,
 ) -> None:
+    rows = [row if moves else None for row, moves in enumerate(_moves(bank).tolist())]
     zero_points = [int(value) for value in bank.zero_points[0].tolist()]
+    settings = zip(quantizers, base.tolist(), zero_points, rows, strict=True)
     plain: dict[nn.Module, nn.Module] = {
-        quantizer: RescaledFakeQuantize(quantizer, zero_point, row, ratios)
-        for row, (quantizer, zero_point) in enumerate(zip(quantizers, zero_points, strict=True))
+        quantizer: RescaledFakeQuantize(quantizer, scale, zero_point, row, ratios)
+        for quantizer, scale, zero_point, row in settings
     }
     storage = get_hook_storage(model)
     for name, hook in list(storage.named_hooks(remove_duplicate=False)):

@@ -94,6 +94,23 @@ def test_the_nearest_row_is_taken_in_a_trace_as_in_a_table(make):
             assert torch.equal(exported, stripped(SAMPLE, step))
 
 
+def test_scales_that_stand_still_are_constant(make):
+    model = make()
+    table = tdq.freeze(model, STEPS).scale_bank.table
+    still = tdq.ScaleTable(
+        table.grids, table.timesteps, table.scales[2:3].expand_as(table.scales), table.zero_points
+    )
+    tdq.load_scales(model, still)
+    stripped = strip(model)
+    plain = [m for m in stripped.modules() if isinstance(m, RescaledFakeQuantize)]
+    assert {m.row for m in plain} == {None}
+    assert [m.scale for m in plain] == still.scales[0].tolist()
+    assert torch.equal(stripped.ratios, torch.ones_like(stripped.ratios))
+    with torch.no_grad():
+        for step in STEPS:
+            torch.testing.assert_close(stripped(SAMPLE, step), model(SAMPLE, step))
+
+
 def test_timesteps_that_do_not_fit(frozen):
     stripped = strip(frozen())
     with pytest.raises(LookupRuleError, match="Timestep 3 is not in the frozen table"):

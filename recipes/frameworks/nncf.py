@@ -1,0 +1,109 @@
+"""NNCF: `nncf.quantize`, and OpenVINO's integer kernels."""
+
+import copy
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import nncf
+import openvino as ov
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+import tdq_plugin as tdq
+from tdq_plugin.adapters.nncf import prepare, strip, tdq_quantize_settings
+from tdq_plugin.deploy.openvino import OpenVINOModel, save_openvino, to_openvino
+from tdq_plugin.deploy.openvino.precision import DEFAULT_PROPERTIES
+from tdq_plugin.recipes.bits import Bits
+from tdq_plugin.recipes.frameworks import Framework
+from tdq_plugin.recipes.sampling import Denoiser, image_shape
+from tdq_plugin.reconstruct import CalibrationSet
+
+__all__ = ["FRAMEWORK"]
+
+_BATCH_SIZE = 64
+
+
+class _Predict(nn.Module):
+    """A UNet that returns a tensor, as tracers want it."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample: Tensor, timestep: Any) -> Tensor:
+        predicted: Tensor = self.unet(sample, timestep, return_dict=False)[0]
+        return predicted
+
+
+class _NNCF:
+    execution = "int8"
+    latency_unit = (
+        "ratio to static_int8, median of paired runs; all in OpenVINO on the CPU, inference "
+        f"precision hint {DEFAULT_PROPERTIES['INFERENCE_PRECISION_HINT']}, float32 without the "
+        "fusion of element-wise operations"
+    )
+    learns_rounding = False
+
+    def prepare(self, model: UNet2DModel, data: CalibrationSet, bits: Bits) -> nn.Module:
+        batches = list(data.batches(_BATCH_SIZE))
+        quantized = nncf.quantize(
+            copy.deepcopy(model),
+            nncf.Dataset(batches),
+            subset_size=len(batches),
+            **tdq_quantize_settings(),
+        )
+        example = data.samples[:2], data.timesteps[:2]
+        return tdq.attach(prepare(quantized, example, bits.activations, bits.weights)).eval()
+
+    def simulate(self, model: nn.Module) -> Denoiser:
+        return _Predict(model)
+
+    def deploy(self, model: UNet2DModel) -> OpenVINOModel:
+        example = torch.zeros(2, *image_shape(model)), tdq.scale_bank(model).timesteps[:1]
+        return to_openvino(strip(model), example, properties=_properties())
+
+    def deploy_dynamic(self, model: nn.Module) -> None:
+        """OpenVINO has no scales that depend on the input."""
+
+    def deploy_float(self, model: UNet2DModel, data: CalibrationSet) -> Denoiser:
+        converted = _convert_float(model, data)
+        # With its fusion of element-wise operations, OpenVINO 2026.4 crashes when it compiles a
+        # float UNet with resnet_time_scale_shift="scale_shift" for a fixed batch size.
+        properties = {**_properties(), "SNIPPETS_MODE": "DISABLE"}
+
+        @cache
+        def compiled(batch: int) -> ov.CompiledModel:
+            # A free batch size would cost the float model speed, which the others do not pay.
+            fixed = converted.clone()
+            fixed.reshape({0: [batch, *image_shape(model)], 1: [1]})
+            return ov.Core().compile_model(fixed, "CPU", properties)
+
+        def denoise(x: Tensor, timestep: Any) -> Tensor:
+            inputs = [x.numpy(), torch.as_tensor(timestep).reshape(1).float().numpy()]
+            return torch.from_numpy(compiled(len(x))(inputs)[0])
+
+        return denoise
+
+    def save(self, model: UNet2DModel, folder: Path, extra: dict[str, Any]) -> None:
+        # With the configuration, OVDenoiser.load reads the folder.
+        save_openvino(self.deploy(model), folder, extra={"config": dict(model.config), **extra})
+
+
+def _properties() -> dict[str, Any]:
+    return {**DEFAULT_PROPERTIES, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+
+
+def _convert_float(model: UNet2DModel, data: CalibrationSet) -> ov.Model:
+    example = data.samples[:2], data.timesteps[:1]
+    with torch.no_grad(), warnings.catch_warnings():
+        # OpenVINO reads TorchScript, which torch deprecates.
+        warnings.filterwarnings("ignore", ".*torch.jit.trace", DeprecationWarning)
+        # Sizes of images are those of the example; the tracer warns of each.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        return ov.convert_model(torch.jit.trace(_Predict(model), example, check_trace=False))
+
+
+FRAMEWORK: Framework = _NNCF()  # type: ignore[assignment]
