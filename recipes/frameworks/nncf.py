@@ -20,6 +20,7 @@ from tdq_plugin.recipes.bits import Bits
 from tdq_plugin.recipes.frameworks import Framework
 from tdq_plugin.recipes.sampling import Denoiser, image_shape
 from tdq_plugin.reconstruct import CalibrationSet
+from tdq_plugin.scales import FrozenBank
 
 __all__ = ["FRAMEWORK"]
 
@@ -62,7 +63,9 @@ class _NNCF:
         return _Predict(model)
 
     def deploy(self, model: UNet2DModel) -> OpenVINOModel:
-        example = torch.zeros(2, *image_shape(model)), tdq.scale_bank(model).timesteps[:1]
+        bank = tdq.scale_bank(model)
+        assert isinstance(bank, FrozenBank)
+        example = torch.zeros(2, *image_shape(model)), bank.timesteps[:1]
         return to_openvino(strip(model), example, properties=_properties())
 
     def deploy_dynamic(self, model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Models from NNCF's adapter on OpenVINO."""
 
 import logging
+from functools import cache
 
 import nncf
 import openvino as ov
@@ -18,6 +19,12 @@ from tdq_plugin.errors import LookupRuleError, TimestepError
 
 nncf.set_log_level(logging.ERROR)
 
+# OpenVINO traces NNCF's own model in the test; the tracer warns of its constants.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+]
+
 
 def quantized(**settings):
     torch.manual_seed(0)
@@ -31,6 +38,7 @@ def stripped(activations, weights, **settings):
     return strip(tdq.freeze(model, STEPS))
 
 
+@cache
 def static_layers():
     """The integer layers of NNCF's own static model."""
     model = ov.convert_model(quantized(), example_input=(SAMPLE, torch.zeros(1)))
