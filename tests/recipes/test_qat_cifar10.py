@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers_models import ddpm_cifar10
 from safetensors.torch import load_file
 
 from tdq_plugin.deploy import load_int8
@@ -134,20 +135,7 @@ def test_a_restart_repeats_nothing(
 @pytest.fixture(scope="module")
 def cifar10_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The architecture of google/ddpm-cifar10-32, with random weights."""
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=32,
-        in_channels=3,
-        out_channels=3,
-        layers_per_block=2,
-        block_out_channels=(128, 256, 256, 256),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        norm_eps=1e-6,
-    )
+    unet = ddpm_cifar10()
     folder = tmp_path_factory.mktemp("cifar10") / "pipeline"
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)
     return folder

@@ -9,7 +9,7 @@ from openvino import opset13 as ops
 
 from tdq_plugin.deploy.openvino.commuting import is_layer_input, passes_through
 from tdq_plugin.deploy.openvino.nodes import consumers, layer_name, sizes
-from tdq_plugin.deploy.openvino.ratios import find_rescaled_values
+from tdq_plugin.deploy.openvino.ratios import factor_in_front, find_rescaled_values
 
 __all__ = ["move_scales"]
 
@@ -26,6 +26,7 @@ def move_scales(model: ov.Model) -> dict[str, list[str]]:
     """
     left: dict[str, list[str]] = {}
     for rescaled in list(find_rescaled_values(model)):
+        _give_rank_to_factor(rescaled.value)
         name = layer_name(rescaled.value.get_node())
         left.setdefault(name, [])
         left[name] += _push(rescaled.value, rescaled.ratio, consumers(rescaled.product))
@@ -62,11 +63,22 @@ def _multiply_behind(reader: ov.Input, value: ov.Output, ratio: ov.Output) -> No
 
 
 def _product(value: ov.Output, ratio: ov.Output) -> ov.Output:
-    rank = len(sizes(value))
-    if len(sizes(ratio)) != rank:
-        shape = ops.constant([-1, *[1] * (rank - 1)], ov.Type.i64)
-        ratio = ops.reshape(ratio, shape, special_zero=False).output(0)
-    return ops.multiply(value, ratio).output(0)
+    return ops.multiply(value, _with_rank(ratio, len(sizes(value)))).output(0)
+
+
+def _give_rank_to_factor(value: ov.Output) -> None:
+    """Else OpenVINO would change the layout of x, there and back, for the multiplication."""
+    factor = factor_in_front(value)
+    if factor is not None:
+        ranked = _with_rank(factor.get_source_output(), len(sizes(value)))
+        factor.replace_source_output(ranked)
+
+
+def _with_rank(ratio: ov.Output, rank: int) -> ov.Output:
+    if len(sizes(ratio)) == rank:
+        return ratio
+    shape = ops.constant([-1, *[1] * (rank - 1)], ov.Type.i64)
+    return ops.reshape(ratio, shape, special_zero=False).output(0)
 
 
 def _described(node: ov.Node) -> str:

@@ -7,7 +7,7 @@ import openvino as ov
 
 from tdq_plugin.deploy.openvino.nodes import consumers, fake_quantizers, is_constant, sizes
 
-__all__ = ["RescaledValue", "find_rescaled_values", "static_reference"]
+__all__ = ["RescaledValue", "factor_in_front", "find_rescaled_values", "static_reference"]
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,23 @@ def static_reference(model: ov.Model) -> ov.Model:
     for rescaled in list(find_rescaled_values(reference)):
         for reader in consumers(rescaled.product):
             reader.replace_source_output(rescaled.value)
-        quantizer = rescaled.value.get_node()
-        quotient = quantizer.input_value(0).get_node()
-        if quotient.get_type_name() in ("Multiply", "Divide"):
-            first, second = quotient.input_values()
-            # `x * (1 / ratio)` or `x / ratio`: the other operand is x.
-            x = second if _is_per_sample(first, second) else first
-            quantizer.input(0).replace_source_output(x)
+        factor = factor_in_front(rescaled.value)
+        if factor is not None:
+            x = factor.get_node().input_value(1 - factor.get_index())
+            rescaled.value.get_node().input(0).replace_source_output(x)
     reference.validate_nodes_and_infer_types()
     return reference
+
+
+def factor_in_front(value: ov.Output) -> ov.Input | None:
+    """Where `x * (1 / ratio)` or `x / ratio` in front of a quantizer takes the second operand."""
+    quotient = value.get_node().input_value(0).get_node()
+    ports = {"Multiply": (1, 0), "Divide": (1,)}.get(quotient.get_type_name(), ())
+    for port in ports:
+        if _is_per_sample(quotient.input_value(port), value):
+            factor: ov.Input = quotient.input(port)
+            return factor
+    return None
 
 
 def _is_per_sample(factor: ov.Output, value: ov.Output) -> bool:

@@ -3,27 +3,15 @@
 import torch
 from brevitas.export.inference import quant_inference_mode
 from brevitas.quant import Int8WeightPerChannelFloat
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler
+from diffusers_models import ddpm_cifar10
 
 import tdq_plugin as tdq
 from tdq_plugin.adapters.brevitas import quantize_layerwise, timestep_path_names
 
 
 def test_layerwise_attach_qat_step_freeze_and_inference():
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=32,
-        in_channels=3,
-        out_channels=3,
-        layers_per_block=2,
-        block_out_channels=(128, 256, 256, 256),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        norm_eps=1e-6,
-    )
+    unet = ddpm_cifar10()
     example = (torch.randn(2, 3, 32, 32), torch.tensor([20, 800]))
     assert len(timestep_path_names(unet)) == 24
     model = tdq.attach(quantize_layerwise(unet, weight_quant=Int8WeightPerChannelFloat))

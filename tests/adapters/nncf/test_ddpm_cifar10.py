@@ -2,27 +2,15 @@
 
 import nncf
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler
+from diffusers_models import ddpm_cifar10
 
 import tdq_plugin as tdq
 from tdq_plugin.adapters.nncf import prepare, strip, tdq_quantize_settings
 
 
 def test_quantize_attach_qat_step_freeze_and_strip():
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=32,
-        in_channels=3,
-        out_channels=3,
-        layers_per_block=2,
-        block_out_channels=(128, 256, 256, 256),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        norm_eps=1e-6,
-    ).eval()
+    unet = ddpm_cifar10().eval()
     example = (torch.randn(2, 3, 32, 32), torch.tensor([20, 800]))
     model = nncf.quantize(unet, nncf.Dataset([example]), **tdq_quantize_settings())
     tdq.attach(prepare(model, example))

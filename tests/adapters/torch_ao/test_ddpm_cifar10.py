@@ -1,7 +1,8 @@
 """The whole flow on the architecture of google/ddpm-cifar10-32, with random weights."""
 
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler
+from diffusers_models import ddpm_cifar10
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
 import tdq_plugin as tdq
@@ -9,20 +10,7 @@ from tdq_plugin.adapters.torch_ao import tdq_backend_config, tdq_qconfig_mapping
 
 
 def test_prepare_attach_qat_step_freeze_and_int8():
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=32,
-        in_channels=3,
-        out_channels=3,
-        layers_per_block=2,
-        block_out_channels=(128, 256, 256, 256),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        norm_eps=1e-6,
-    )
+    unet = ddpm_cifar10()
     example = (torch.randn(2, 3, 32, 32), torch.tensor([20, 800]))
     graph = tdq.trace(unet, example)
     mapping = tdq_qconfig_mapping(graph, activation_bits=8, weight_bits=8)

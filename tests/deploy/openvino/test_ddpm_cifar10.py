@@ -1,7 +1,7 @@
 """No layer of google/ddpm-cifar10-32 loses its integer kernel to the timestep."""
 
 import torch
-from diffusers import UNet2DModel
+from diffusers_models import ddpm_cifar10
 from torch.ao.quantization.quantize_fx import prepare_fx
 
 import tdq_plugin as tdq
@@ -13,17 +13,7 @@ STEPS = resolve_timesteps([0, 500, 999])
 
 
 def test_every_layer_that_is_int8_with_static_scales_is_int8():
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=32,
-        block_out_channels=(128, 256, 256, 256),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        norm_eps=1e-6,
-    ).eval()
+    unet = ddpm_cifar10().eval()
     example = (torch.randn(1, 3, 32, 32), torch.tensor([500]))
     graph = tdq.trace(unet, example)
     mapping = tdq_qconfig_mapping(graph)
