@@ -93,7 +93,8 @@ def nncf_models(unet: UNet2DModel) -> Models:
     static = converted(quantized, inputs)
     model = tdq.attach(prepare(quantized, inputs))
     tdq.calibrate(model, batches)
-    return checked(to_openvino(strip(tdq.freeze(model, TIMESTEPS)), inputs), static)
+    stripped = strip(tdq.freeze(model, TIMESTEPS))
+    return checked(to_openvino(stripped, inputs, cache_timestep_path=False), static)
 
 
 class TensorOutput(torch.nn.Module):

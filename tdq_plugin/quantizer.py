@@ -75,9 +75,7 @@ class ActivationQuantizer(nn.Module):
         gradient: StepGradient = "pact" if self.estimator == "pact" else "lsq"
         return self.round(x, scale, zero_point, gradient)
 
-    def round(
-        self, x: Tensor, scale: Tensor, zero_point: Tensor, gradient: StepGradient
-    ) -> Tensor:
+    def round(self, x: Tensor, scale: Tensor, zero_point: Tensor, gradient: StepGradient) -> Tensor:
         """`fake_quantize` on the grid; a framework that rounds in its own way overrides it."""
         codes = self.grid.quant_min, self.grid.quant_max
         return fake_quantize(x, scale, zero_point, *codes, gradient)
