@@ -3,8 +3,8 @@
     python benchmarks/openvino_latency.py --adapter torch_ao --batch 1 4 --threads 1 2
 
 Weights are random: the time does not depend on them. Numbers are medians of paired ratios, with
-quartiles. All three models compute the time embedding in each call. Without a precision hint,
-OpenVINO computes what is not int8 in bfloat16 on CPUs that have it.
+quartiles. float32 is the plain UNet. Without a precision hint, OpenVINO computes what is not int8 in
+bfloat16 on CPUs that have it.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from int8_latency import MODELS, STEPS, Formatter, example, frozen
 import tdq_plugin as tdq
 from tdq_plugin.deploy.openvino import OpenVINOModel, to_openvino
 from tdq_plugin.deploy.openvino.precision import DEFAULT_PROPERTIES, integer_layers
+from tdq_plugin.deploy.openvino.tabulate import tabulate_timestep_path
 from tdq_plugin.study.latency import Ratio, paired_ratios
 
 TIMESTEPS = range(0, 1000, 1000 // STEPS)
@@ -35,7 +36,8 @@ def main() -> None:
     options = parse_arguments()
     torch.manual_seed(0)
     unet = UNet2DModel(**MODELS["ddpm-cifar10"]).eval()
-    models = {"torch_ao": torch_ao_models, "nncf": nncf_models}[options.adapter](unet)
+    make_models = {"torch_ao": torch_ao_models, "nncf": nncf_models}[options.adapter]
+    models = make_models(unet, options.timestep_path == "cached")
     models["float32"] = float_model(unet)
     print(f"{options.adapter}, ddpm-cifar10: time ratios, medians [quartiles] of {options.rounds}")
     missed = False
@@ -65,21 +67,27 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument(
+        "--timestep-path",
+        choices=("cached", "computed"),
+        default="cached",
+        help="the time embedding, the same way in both int8 models",
+    )
     return parser.parse_args()
 
 
-def torch_ao_models(unet: UNet2DModel) -> Models:
+def torch_ao_models(unet: UNet2DModel, cache: bool) -> Models:
     """TDQ, and the same with one row for all timesteps."""
     model, inputs = frozen(unet), example(unet, 2)
-    ours = to_openvino(model, inputs, cache_timestep_path=False)
+    ours = to_openvino(model, inputs, cache_timestep_path=cache)
     table = tdq.scale_bank(model).table
     row = table.scales[STEPS // 2].expand_as(table.scales).contiguous()
     tdq.load_scales(model, tdq.ScaleTable(table.grids, table.timesteps, row, table.zero_points))
-    static = to_openvino(model, inputs, cache_timestep_path=False)
+    static = to_openvino(model, inputs, cache_timestep_path=cache)
     return checked(ours, static.model)
 
 
-def nncf_models(unet: UNet2DModel) -> Models:
+def nncf_models(unet: UNet2DModel, cache: bool) -> Models:
     """TDQ, and what `nncf.quantize` returned."""
     import nncf
 
@@ -91,10 +99,13 @@ def nncf_models(unet: UNet2DModel) -> Models:
     wrapped = TensorOutput(unet)
     quantized = nncf.quantize(wrapped, nncf.Dataset(batches), **tdq_quantize_settings())
     static = converted(quantized, inputs)
+    if cache:
+        timesteps = np.array(TIMESTEPS, dtype=np.float32)
+        tabulate_timestep_path(static, "timestep", timesteps, mixed_timesteps=False)
     model = tdq.attach(prepare(quantized, inputs))
     tdq.calibrate(model, batches)
     stripped = strip(tdq.freeze(model, TIMESTEPS))
-    return checked(to_openvino(stripped, inputs, cache_timestep_path=False), static)
+    return checked(to_openvino(stripped, inputs, cache_timestep_path=cache), static)
 
 
 class TensorOutput(torch.nn.Module):
@@ -119,6 +130,7 @@ def converted(model: torch.nn.Module, inputs: tuple[torch.Tensor, torch.Tensor])
     sample, timestep = inputs
     network = ov.convert_model(model, example_input=(sample, timestep.float()))
     network.reshape({0: ov.PartialShape([-1, *sample.shape[1:]]), 1: ov.PartialShape([-1])})
+    network.get_parameters()[1].set_friendly_name("timestep")
     return network
 
 
