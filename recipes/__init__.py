@@ -69,6 +69,24 @@ _ALL = (
         "Quantize the digits DDIM without retraining: static, TDQ and rivals side by side",
     ),
     Recipe(
+        "ddim-cifar10-ptq",
+        "ddim_cifar10_ptq",
+        "FullSizePTQConfig",
+        "Quantize the CIFAR-10 DDIM without retraining as in the TDQ paper; needs a GPU",
+    ),
+    Recipe(
+        "ldm-digits-ptq",
+        "ldm_digits_ptq",
+        "LatentPTQConfig",
+        "Quantize the digits LDM without retraining: the same comparison on latents",
+    ),
+    Recipe(
+        "ldm-churches-ptq",
+        "ldm_churches_ptq",
+        "FullSizePTQConfig",
+        "Quantize the LDM-8 of LSUN churches without retraining as in the TDQ paper; needs a GPU",
+    ),
+    Recipe(
         "ddim-digits-qat",
         "ddim_digits_qat",
         "QATConfig",
@@ -81,10 +99,40 @@ _ALL = (
         "Train the CIFAR-10 DDIM with quantization as in the TDQ paper; needs a GPU",
     ),
     Recipe(
+        "ldm-digits-qat",
+        "ldm_digits_qat",
+        "LatentQATConfig",
+        "Train the digits LDM with quantization: LSQ, PACT, NIPQ, and TDQ on each of them",
+    ),
+    Recipe(
+        "ldm-churches-qat",
+        "ldm_churches_qat",
+        "ChurchesQATConfig",
+        "Train the LDM-8 of LSUN churches with quantization as in the TDQ paper; needs a GPU",
+    ),
+    Recipe(
         "ddim-digits-pretrain",
         "ddim_digits_pretrain",
         "PretrainConfig",
         "Train the digits DDIM in float32, the model that the other recipes quantize",
+    ),
+    Recipe(
+        "ldm-digits-autoencoder",
+        "ldm_digits_autoencoder",
+        "AutoencoderConfig",
+        "Train the small KL autoencoder between 32x32 digits and 8x8 latents",
+    ),
+    Recipe(
+        "ldm-digits-pretrain",
+        "ldm_digits_pretrain",
+        "LatentPretrainConfig",
+        "Train the digits LDM in float32, a UNet on the latents of that autoencoder",
+    ),
+    Recipe(
+        "ddim-digits-ranges",
+        "ddim_digits_ranges",
+        "RangesConfig",
+        "Measure how the digits DDIM's activations move over t, and what one scale for all t costs",
     ),
     Recipe(
         "digits-classifier",

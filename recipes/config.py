@@ -1,7 +1,7 @@
 """Recipe configurations: a pydantic model, a YAML file, and `key=value` overrides."""
 
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -59,14 +59,14 @@ def filled_in(name: str, **values: Any) -> str:
         raise ConfigError(f"name = {name!r}: only {known} are filled in.") from None
 
 
-Config = TypeVar("Config", bound=RecipeConfig)
+Config = TypeVar("Config", bound=BaseModel)
 
 
 def load_config(schema: type[Config], path: Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, apply overrides, and validate.
 
     Args:
-        schema: The recipe's configuration class.
+        schema: The configuration's class.
         path: The YAML file.
         overrides: `key=value` strings; the key may be a dotted path, the value is YAML.
 
@@ -109,7 +109,12 @@ def _explain(schema: type[BaseModel], error: ValidationError) -> str:
     return "\n".join(lines)
 
 
-def _section(schema: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel]:
+def _section(schema: Any, path: tuple[Any, ...]) -> type[BaseModel]:
     for name in path:
-        schema = cast(type[BaseModel], schema.model_fields[name].annotation)
-    return schema
+        if isinstance(schema, type) and issubclass(schema, BaseModel):
+            schema = schema.model_fields[name].annotation
+        else:
+            # `name` is the index of a list or the key of a dict.
+            schema = get_args(schema)[-1]
+    section: type[BaseModel] = schema
+    return section

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy, interpolate, pad
 from tqdm.auto import tqdm
 
 from tdq_plugin.errors import ConfigError
@@ -65,11 +65,16 @@ class DigitClassifier(nn.Module):
         self.head = nn.Linear(64, 10)
 
     def features(self, images: Tensor) -> Tensor:
-        """Map images `(N, 1, 16, 16)` to the penultimate layer's activations `(N, 64)`."""
+        """Map images `(N, 1, H, W)` to the penultimate layer's activations `(N, 64)`.
+
+        Images of another size than 16x16 are resized.
+        """
+        if images.shape[2:] != (16, 16):
+            images = interpolate(images, (16, 16), mode="bilinear", antialias=True)
         return self.body(images)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images `(N, 1, 16, 16)` to class logits `(N, 10)`."""
+        """Map images `(N, 1, H, W)` to class logits `(N, 10)`."""
         return self.head(self.features(images))
 
 

@@ -1,4 +1,4 @@
-"""What every quantized digits DDIM is measured on: the float model's trajectories and images."""
+"""What every quantized digits model is measured on: the float model's trajectories and images."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tdq_plugin.recipes.digits_classifier import load_classifier
 from tdq_plugin.recipes.evaluation import Evaluator
 from tdq_plugin.recipes.float_model import FloatModel
 from tdq_plugin.recipes.reference import cached_images
-from tdq_plugin.recipes.sampling import image_shape, sample, scheduler_with
+from tdq_plugin.recipes.sampling import sample, scheduler_with
 
 __all__ = ["EvaluationSection", "make_evaluator"]
 
@@ -39,18 +39,20 @@ def make_evaluator(
         cache: Where its images are kept.
     """
     generator = torch.Generator().manual_seed(section.seed)
-    shape = image_shape(model.unet)
-    noise = torch.randn(2 * section.samples, *shape, generator=generator)
+    noise = torch.randn(2 * section.samples, *model.latent_shape, generator=generator)
     ordinary = scheduler_with(model.scheduler, steps)
     halfway = model.scheduler.config.num_train_timesteps // (2 * steps)
 
     def draw() -> Tensor:
         with tqdm(total=len(noise), desc="float32: images", unit="image") as progress:
-            return sample(model.denoise, ordinary, noise, advance=progress.update)
+            return sample(
+                model.denoise, ordinary, noise, advance=progress.update, decode=model.decode
+            )
 
     key = f"{steps} steps, {section.samples} samples, seed {section.seed}"
     images = cached_images(cache, key, folder, draw)
-    trajectory_noise = torch.randn(section.trajectories, *shape, generator=generator)
+    trajectory_noise = torch.randn(section.trajectories, *model.latent_shape, generator=generator)
+    classifier = load_classifier()
     with tqdm(total=2 * steps, desc="float32: trajectories", unit="step") as progress:
         return Evaluator(
             model.denoise,
@@ -60,7 +62,9 @@ def make_evaluator(
             images=images[: section.samples],
             other_images=images[section.samples :],
             trajectory_noise=trajectory_noise,
-            features=load_classifier().features,
-            data=load_digits(model.unet.config.sample_size)[0],
+            features=classifier.features,
+            data=load_digits(model.image_shape[1])[0],
+            decode=model.decode,
+            classify=classifier,
             advance=progress.update,
         )

@@ -15,7 +15,7 @@ from tdq_plugin.recipes.sampling import (
     record_trajectories,
     sample,
 )
-from tdq_plugin.study import FrechetReference
+from tdq_plugin.study import FrechetReference, classifier_score
 
 __all__ = ["Evaluator", "Result"]
 
@@ -28,7 +28,7 @@ class Result:
         metrics: The numbers of its row in the report.
         timesteps: Timesteps of the sampler, falling.
         errors: Mean squared noise error at each of them.
-        images: Drawn images, shape `(N, C, H, W)`.
+        images: Drawn images in [-1, 1], shape `(N, C, H, W)`.
     """
 
     metrics: dict[str, float | None]
@@ -50,6 +50,9 @@ class Evaluator:
         trajectory_noise: Starting noise of the trajectories.
         features: Feature network of the Fréchet distances.
         data: Real images.
+        decode: From what the denoiser sees to images; None where these are the same. Errors along
+            trajectories are measured before it, images after it.
+        classify: Classifier whose logits `(N, K)` the samples are scored by; None for no score.
         advance: Called after each step of the two sets of trajectories, for a progress bar.
     """
 
@@ -64,9 +67,12 @@ class Evaluator:
         trajectory_noise: Tensor,
         features: Callable[[Tensor], Tensor],
         data: Tensor,
+        decode: Callable[[Tensor], Tensor] | None = None,
+        classify: Callable[[Tensor], Tensor] | None = None,
         advance: Callable[[], Any] | None = None,
     ) -> None:
-        self.scheduler, self.unseen = scheduler, unseen
+        self.scheduler, self.unseen, self.decode = scheduler, unseen, decode
+        self.classify = classify
         self.noise, self.images, self.other_images = noise, images, other_images
         self.seen_trajectories = record_trajectories(denoiser, scheduler, trajectory_noise, advance)
         self.unseen_trajectories = record_trajectories(denoiser, unseen, trajectory_noise, advance)
@@ -85,6 +91,7 @@ class Evaluator:
             "pixel_mse": 0.0,
             "frechet_distance": self.to_data.distance(self.images),
             "frechet_distance_to_float": None,
+            "classifier_score": self._score(self.images),
         }
 
     @property
@@ -92,23 +99,43 @@ class Evaluator:
         """All timesteps that an evaluation visits: freeze for these."""
         return [*self.scheduler.timesteps.tolist(), *self.unseen.timesteps.tolist()]
 
-    def evaluate(self, denoiser: Denoiser, advance: Callable[[int], Any] | None = None) -> Result:
-        """Compare a denoiser with the float model."""
+    def evaluate(
+        self,
+        denoiser: Denoiser,
+        advance: Callable[[int], Any] | None = None,
+        only_sampler: bool = False,
+    ) -> Result:
+        """Compare a denoiser with the float model.
+
+        Args:
+            denoiser: The quantized model.
+            advance: Told of finished images.
+            only_sampler: The denoiser knows the timesteps of the sampler alone.
+        """
         errors, step_errors = _errors(denoiser, self.scheduler, self.seen_trajectories)
-        unseen, _ = _errors(denoiser, self.unseen, self.unseen_trajectories)
-        images = sample(denoiser, self.scheduler, self.noise, advance=advance)
+        images = sample(denoiser, self.scheduler, self.noise, advance=advance, decode=self.decode)
         ends_at_zero = int(self.scheduler.timesteps[-1]) == 0
         metrics: dict[str, float | None] = {
             "trajectory_mse": float(errors[:-1].mean() if ends_at_zero else errors.mean()),
-            "trajectory_mse_unseen": float(unseen.mean()),
+            "trajectory_mse_unseen": None if only_sampler else self._unseen_error(denoiser),
             "t0_mse": float(errors[-1]) if ends_at_zero else None,
             "step_mse": float(step_errors.mean()),
             "pixel_mse": float(mse_loss(images, self.images)),
             "frechet_distance": self.to_data.distance(images),
             "frechet_distance_to_float": self.to_float.distance(images),
+            "classifier_score": self._score(images),
         }
         timesteps = self.scheduler.timesteps.tolist()
         return Result(metrics, timesteps, errors.tolist(), images)
+
+    def _unseen_error(self, denoiser: Denoiser) -> float:
+        return float(_errors(denoiser, self.unseen, self.unseen_trajectories)[0].mean())
+
+    @torch.no_grad()
+    def _score(self, images: Tensor) -> float | None:
+        if self.classify is None:
+            return None
+        return classifier_score(torch.cat([self.classify(part) for part in images.split(500)]))
 
 
 @torch.no_grad()

@@ -15,27 +15,35 @@ from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes.config import Section
 from tdq_plugin.recipes.digits import load_digits
 
-__all__ = ["DataSection", "Images", "load_images"]
+__all__ = ["DataSection", "ImageSection", "Images", "load_all_images", "load_images"]
 
 _ENDINGS = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 
 
-class DataSection(Section):
-    """Where training images come from.
+class ImageSection(Section):
+    """Where real images come from.
 
     Attributes:
         source: `digits` (bundled), `folder` (all images below it), or `hub`.
         location: The folder, or the dataset's name on the hub.
         split: Split of a hub dataset.
         column: Column of a hub dataset that holds the images.
-        flip: Mirror images at random.
-        validation_images: Held out of training for the validation loss.
     """
 
     source: Literal["digits", "folder", "hub"]
     location: str = ""
     split: str = "train"
     column: str = "image"
+
+
+class DataSection(ImageSection):
+    """Images to train with.
+
+    Attributes:
+        flip: Mirror images at random.
+        validation_images: Held out of training for the validation loss.
+    """
+
     flip: bool = False
     validation_images: int = Field(gt=0)
 
@@ -69,9 +77,7 @@ def load_images(section: DataSection, shape: tuple[int, int, int]) -> tuple[Imag
     Raises:
         ConfigError: The source is missing, or has too few images.
     """
-    read, count = {"digits": _digits, "folder": _folder, "hub": _hub}[section.source](
-        section, shape
-    )
+    read, count = _source(section, shape)
     if count <= section.validation_images:
         raise ConfigError(
             f"data.source = {section.source!r} has {count} images at {section.location!r}, and "
@@ -84,15 +90,39 @@ def load_images(section: DataSection, shape: tuple[int, int, int]) -> tuple[Imag
     return Images(read, training), Images(read, held_out)
 
 
+def load_all_images(section: ImageSection, shape: tuple[int, int, int]) -> Images:
+    """All images of a source, in its order.
+
+    Args:
+        section: What to load.
+        shape: Channels, height and width that the images are brought to.
+
+    Raises:
+        ConfigError: The source is missing or empty.
+    """
+    read, count = _source(section, shape)
+    if count == 0:
+        raise ConfigError(
+            f"data.source = {section.source!r} has no images at {section.location!r}. "
+            f"Give a folder with {', '.join(sorted(_ENDINGS))}, or a dataset of the hub."
+        )
+    return Images(read, torch.arange(count))
+
+
 Source = tuple[Callable[[int], Tensor], int]
 
 
-def _digits(section: DataSection, shape: tuple[int, int, int]) -> Source:
+def _source(section: ImageSection, shape: tuple[int, int, int]) -> Source:
+    kinds = {"digits": _digits, "folder": _folder, "hub": _hub}
+    return kinds[section.source](section, shape)
+
+
+def _digits(section: ImageSection, shape: tuple[int, int, int]) -> Source:
     images, _ = load_digits(shape[1])
     return lambda number: images[number].expand(shape), len(images)
 
 
-def _folder(section: DataSection, shape: tuple[int, int, int]) -> Source:
+def _folder(section: ImageSection, shape: tuple[int, int, int]) -> Source:
     root = Path(section.location)
     files = sorted(path for path in root.rglob("*") if path.suffix.lower() in _ENDINGS)
 
@@ -103,7 +133,7 @@ def _folder(section: DataSection, shape: tuple[int, int, int]) -> Source:
     return read, len(files)
 
 
-def _hub(section: DataSection, shape: tuple[int, int, int]) -> Source:
+def _hub(section: ImageSection, shape: tuple[int, int, int]) -> Source:
     if find_spec("datasets") is None:
         raise ConfigError(
             f"data.location = {section.location!r} is on the hub, and the package datasets is "

@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes.digits_classifier import load_classifier
@@ -53,12 +52,16 @@ class SampleQuality:
     Args:
         features: The feature network.
         device: Where it runs.
+        with_score: Whether to compute the inception-style score, too; it has a meaning for images
+            of many classes.
 
     Raises:
         ConfigError: A package is missing.
     """
 
-    def __init__(self, features: Features, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, features: Features, device: torch.device | str = "cpu", with_score: bool = True
+    ) -> None:
         from torchmetrics.image.fid import FrechetInceptionDistance
         from torchmetrics.image.inception import InceptionScore
 
@@ -67,7 +70,7 @@ class SampleQuality:
         of_score: Any = "logits_unbiased" if features == "inception" else _DigitFeatures("forward")
         distance = FrechetInceptionDistance(of_distance, reset_real_features=False)
         self.distance = distance.to(device)
-        self.score = InceptionScore(of_score).to(device)
+        self.score = InceptionScore(of_score).to(device) if with_score else None
         self.device = device
 
     def add_real(self, images: Tensor) -> None:
@@ -78,19 +81,19 @@ class SampleQuality:
         """Add samples `(N, C, H, W)` in [-1, 1]."""
         pixels = as_bytes(images).to(self.device)
         self.distance.update(pixels, real=False)
-        self.score.update(pixels)
+        if self.score is not None:
+            self.score.update(pixels)
 
     def compute(self) -> dict[str, float]:
         """The metrics of the drawn images, which are forgotten then."""
-        torch.manual_seed(0)  # The score is the mean over ten random parts.
-        mean, deviation = self.score.compute()
-        metrics = {
-            "frechet_distance": float(self.distance.compute()),
-            "inception_score": float(mean),
-            "inception_score_deviation": float(deviation),
-        }
+        metrics = {"frechet_distance": float(self.distance.compute())}
         self.distance.reset()
-        self.score.reset()
+        if self.score is not None:
+            torch.manual_seed(0)  # The score is the mean over ten random parts.
+            mean, deviation = self.score.compute()
+            metrics["inception_score"] = float(mean)
+            metrics["inception_score_deviation"] = float(deviation)
+            self.score.reset()
         return metrics
 
 
@@ -112,5 +115,4 @@ class _DigitFeatures(nn.Module):
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
         grey = pixels.float().mean(dim=1, keepdim=True) / 127.5 - 1
-        small = interpolate(grey, (16, 16), mode="bilinear", antialias=True)
-        return getattr(self.network, self.output)(small)
+        return getattr(self.network, self.output)(grey)

@@ -71,6 +71,7 @@ class NoisedImages:
         batch_size: Of the global batch.
         seed: Of all draws.
         flip: Mirror half of the images.
+        encode: From images to what the denoiser sees, where the two differ.
     """
 
     images: Source
@@ -78,6 +79,7 @@ class NoisedImages:
     batch_size: int
     seed: int
     flip: bool = False
+    encode: Callable[[Tensor], Tensor] | None = None
 
     def draw(self, step: int, part: slice) -> Drawn:
         generator = _generator(self.seed, step)
@@ -88,6 +90,8 @@ class NoisedImages:
         clean = self.images[index[part]]
         if self.flip:
             clean = torch.where(mirrored[:, None, None, None], clean.flip(-1), clean)
+        if self.encode:
+            clean = self.encode(clean)
         noise = torch.randn(self.batch_size, *clean.shape[1:], generator=generator)[part]
         return Drawn(self.scheduler.add_noise(clean, noise, timesteps), timesteps, noise)
 

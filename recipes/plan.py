@@ -34,8 +34,8 @@ class Memory:
     """Estimated bytes of a training process.
 
     Attributes:
-        state: Parameters, their gradients, Adam's two moments, the average; the float model, if
-            it is asked for its output; and what the backward pass needs of the weights.
+        state: Parameters, their gradients, Adam's two moments, the average; what the backward pass
+            needs of the weights; and models that stay in memory beside the trained one.
         activations: What the backward pass needs of each sample.
     """
 
@@ -52,19 +52,21 @@ class Memory:
         )
 
 
-def training_memory(model: nn.Module, samples: Tensor, timesteps: Tensor, teacher: bool) -> Memory:
+def training_memory(
+    model: nn.Module, samples: Tensor, timesteps: Tensor, beside: int = 0
+) -> Memory:
     """Estimate the memory of training from two forward passes.
 
     Args:
         model: A calibrated quantized model.
         samples: Two of them, shape `(2, C, H, W)`.
         timesteps: Shape `(2,)`.
-        teacher: Whether a float copy of the model runs beside it.
+        beside: Bytes of models that stay in memory beside it.
     """
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     one = _saved_bytes(model, samples[:1].clone(), timesteps[:1].clone())
     activations = _saved_bytes(model, samples, timesteps) - one
-    return Memory((6 if teacher else 5) * parameters + one - activations, activations)
+    return Memory(5 * parameters + beside + one - activations, activations)
 
 
 def _saved_bytes(model: nn.Module, samples: Tensor, timesteps: Tensor) -> int:

@@ -1,62 +1,51 @@
-"""Configuration of the PTQ recipe."""
+"""Configuration of the PTQ recipes that compare methods."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, PositiveFloat, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes.bits import Bits
 from tdq_plugin.recipes.config import RecipeConfig, Section
 from tdq_plugin.recipes.digits_evaluation import EvaluationSection
 from tdq_plugin.recipes.frameworks import Framework, FrameworkName
-from tdq_plugin.recipes.ptq_methods import METHODS
-from tdq_plugin.reconstruct import Granularity, ReconstructionConfig, TimestepDistribution
+from tdq_plugin.recipes.ptq_calibration import CalibrationSection
+from tdq_plugin.recipes.ptq_methods import METHODS, covers_trained_methods, known_methods
+from tdq_plugin.recipes.ptq_training import (
+    MethodTraining,
+    ReconstructionSection,
+    TrainingSection,
+)
 
 __all__ = ["PTQConfig"]
 
 MODEL = Path(__file__).parent / "assets" / "ddim-digits"
 
 
-class CalibrationSection(Section):
-    """Calibration data: `images` trajectories of the float model, within `byte_budget`.
+class RoundingSection(ReconstructionSection):
+    """`learn_rounding` also learns how weights are rounded (AdaRound).
 
-    The images are divided among `shifts`: by how much of the distance between two steps the
-    timesteps of a trajectory are later than those of the sampler. The evaluation's unseen
-    timesteps are 0.5 later.
+    `null` does so where the framework's weights allow it.
     """
 
-    images: int = Field(gt=0)
-    shifts: list[Annotated[float, Field(ge=0, lt=1)]] = Field(min_length=1)
-    distribution: TimestepDistribution
-    byte_budget: int = Field(gt=0)
-
-
-class ReconstructionSection(Section):
-    """The training that `lsq`, `learned_table` and the `tdq` methods share.
-
-    `learn_rounding` also learns how weights are rounded (AdaRound); `null` does so where the
-    framework's weights allow it.
-    """
-
-    granularity: Granularity
-    iterations: int = Field(gt=0)
-    batch_size: int = Field(gt=0)
     learn_rounding: bool | None
 
 
-class TrainingSection(Section):
-    """How one method is trained: learning rate, and weight of the error at t = 0.
+class CorrectionSection(Section):
+    """Rows with an output correction, each besides the row of the method without it.
 
-    Zero points learn ten times as fast.
+    Attributes:
+        methods: Of `int8_methods`.
+        images: Samples of the quantized and of the float model that it is fitted on.
     """
 
-    learning_rate: PositiveFloat
-    weight_at_zero: float = Field(ge=0)
+    methods: list[str]
+    images: int = Field(gt=1)
 
 
 class PTQConfig(RecipeConfig):
-    """Configuration of `ddim-digits-ptq`.
+    """Many methods side by side, on one small model.
 
     Attributes:
         adapter: The quantization framework.
@@ -66,9 +55,11 @@ class PTQConfig(RecipeConfig):
         int8_methods: Rows of the report that run as deployed, on integer kernels where the
             framework has them.
         fake_methods: Rows that run as fake quantization; a method may be in both.
-        calibration: Where calibration data come from.
+        calibration: Where calibration data come from; the evaluation's unseen timesteps are 0.5
+            later than the sampler's.
         reconstruction: How scales are trained.
         training: What is tuned for each trained method.
+        correction: Which methods are also measured with a correction of their output.
         evaluation: What the methods are measured on.
         latency_rounds: Paired timings of the integer model.
         model: Folder of the float model, a saved diffusers pipeline.
@@ -80,8 +71,9 @@ class PTQConfig(RecipeConfig):
     int8_methods: list[str]
     fake_methods: list[str]
     calibration: CalibrationSection
-    reconstruction: ReconstructionSection
+    reconstruction: RoundingSection
     training: dict[str, TrainingSection]
+    correction: CorrectionSection
     evaluation: EvaluationSection
     latency_rounds: int = Field(ge=2)
     model: Path = MODEL
@@ -98,10 +90,7 @@ class PTQConfig(RecipeConfig):
     @field_validator("training", "int8_methods", "fake_methods")
     @classmethod
     def _known_methods(cls, names: Any) -> Any:
-        unknown = sorted(set(names) - set(METHODS))
-        if unknown:
-            raise ValueError(f"{unknown} are no methods; choose from {list(METHODS)}")
-        return names
+        return known_methods(names)
 
     @field_validator("int8_methods")
     @classmethod
@@ -116,18 +105,21 @@ class PTQConfig(RecipeConfig):
     def _leave_timesteps_unseen(cls, calibration: CalibrationSection) -> CalibrationSection:
         if 0.5 in calibration.shifts:
             raise ValueError("shifts: the timesteps that are 0.5 later are those of the test")
-        if calibration.images < len(calibration.shifts):
-            raise ValueError("fewer images than shifts")
         return calibration
 
     @field_validator("training")
     @classmethod
     def _cover_trained_methods(cls, training: dict[str, Any], info: ValidationInfo) -> Any:
         used = {*info.data.get("int8_methods", []), *info.data.get("fake_methods", [])}
-        missing = [name for name in used if METHODS[name].trained and name not in training]
-        if missing:
-            raise ValueError(f"{sorted(missing)} are trained and have no entry")
-        return training
+        return covers_trained_methods(training, used)
+
+    @field_validator("correction")
+    @classmethod
+    def _correct_deployed_methods(cls, section: CorrectionSection, info: ValidationInfo) -> Any:
+        others = sorted(set(section.methods) - set(info.data.get("int8_methods", [])))
+        if others:
+            raise ValueError(f"methods: {others} are not among int8_methods")
+        return section
 
     @field_validator("evaluation")
     @classmethod
@@ -148,6 +140,16 @@ class PTQConfig(RecipeConfig):
         return [name for name in METHODS if name in {*self.int8_methods, *self.fake_methods}]
 
     @property
+    def rows(self) -> dict[str, str]:
+        """Names of the report's rows and their titles; a corrected row follows its method."""
+        rows = {}
+        for name in self.methods:
+            rows[name] = METHODS[name].title
+            if name in self.correction.methods:
+                rows[f"{name}_corrected"] = f"{METHODS[name].title}, corrected"
+        return rows
+
+    @property
     def widths(self) -> Bits:
         """The bits as numbers."""
         return Bits(int(self.bits[1]), int(self.bits[3]))
@@ -166,13 +168,9 @@ class PTQConfig(RecipeConfig):
             )
         return framework.learns_rounding if wanted is None else wanted
 
-    def reconstruction_of(self, method: str, framework: Framework) -> ReconstructionConfig:
-        """How a trained method's scales are trained."""
-        rate = self.training[method].learning_rate
-        return ReconstructionConfig(
-            **self.reconstruction.model_dump(exclude={"learn_rounding"}),
-            learn_rounding=self.learns_rounding(framework),
-            learning_rate=rate,
-            zero_point_learning_rate=10 * rate,
-            seed=self.seed,
-        )
+    def training_of(self, method: str, framework: Framework) -> MethodTraining | None:
+        """How a method is trained; None for those that are not."""
+        if not METHODS[method].trained:
+            return None
+        learn_rounding = self.learns_rounding(framework)
+        return self.reconstruction.of(self.training[method], learn_rounding, self.seed)

@@ -1,13 +1,14 @@
 """The methods that the PTQ recipe compares: each is a scale bank and a way to set it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from tdq_plugin.ranges import RangeMethod
 from tdq_plugin.scales import PAPER, ConstantBank, GeneratorBank, LearnedTableBank, TrainableBank
 
-__all__ = ["METHODS", "Method"]
+__all__ = ["METHODS", "Method", "covers_trained_methods", "known_methods"]
 
 
 @dataclass(frozen=True)
@@ -81,3 +82,29 @@ METHODS = {
         dynamic=True,
     ),
 }
+
+Names = TypeVar("Names", bound=Collection[str])
+
+
+def known_methods(names: Names) -> Names:
+    """Check names of a configuration.
+
+    Raises:
+        ValueError: Some are no methods; pydantic makes it an error of the configuration.
+    """
+    unknown = sorted(set(names) - set(METHODS))
+    if unknown:
+        raise ValueError(f"{unknown} are no methods; choose from {list(METHODS)}")
+    return names
+
+
+def covers_trained_methods(training: Names, used: Collection[str]) -> Names:
+    """Check that a configuration says how the trained ones of the used methods are trained.
+
+    Raises:
+        ValueError: Some have no entry.
+    """
+    missing = sorted(name for name in used if METHODS[name].trained and name not in training)
+    if missing:
+        raise ValueError(f"{missing} are trained and have no entry")
+    return training

@@ -1,6 +1,8 @@
-"""Give a prepared model the scales of each method of the PTQ recipe."""
+"""Give a prepared model the scales of each method of the PTQ recipes."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
@@ -8,10 +10,58 @@ from torch import Tensor, nn
 import tdq_plugin as tdq
 from tdq_plugin.calibrate import initialise_scales
 from tdq_plugin.observe import Observation
-from tdq_plugin.recipes.ptq_methods import Method
+from tdq_plugin.recipes.float_model import FloatModel
+from tdq_plugin.recipes.ptq_methods import METHODS, Method
+from tdq_plugin.recipes.ptq_training import MethodTraining, train
+from tdq_plugin.reconstruct import CalibrationSet
 from tdq_plugin.scales import TrainableBank
 
-__all__ = ["apply_method", "sampler_weighting"]
+__all__ = ["Start", "apply_method", "quantize_method", "sampler_weighting"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What every method starts from.
+
+    Attributes:
+        model: The float model.
+        quantized: Its UNet with quantizers, attached.
+        data: Calibration data.
+        observations: What the quantizers saw on them.
+    """
+
+    model: FloatModel
+    quantized: nn.Module
+    data: CalibrationSet
+    observations: dict[str, Observation]
+
+
+def quantize_method(
+    start: Start, name: str, training: MethodTraining | None, checkpoint: Path
+) -> TrainableBank:
+    """Give the model the scales of a method, trained if it is a method that is.
+
+    Args:
+        start: The model, its weights as every method starts from.
+        name: One of `METHODS`.
+        training: How it is trained.
+        checkpoint: Where an interrupted training goes on from.
+
+    Returns:
+        The scale bank.
+    """
+    bank = apply_method(start.quantized, METHODS[name], start.observations)
+    if training is not None:
+        train(
+            start.quantized,
+            start.data,
+            training.reconstruction,
+            sampler_weighting(start.model.scheduler, training.weight_at_zero),
+            checkpoint,
+            title=METHODS[name].title,
+            reference=start.model.unet,
+        )
+    return bank
 
 
 def apply_method(
@@ -39,7 +89,7 @@ def sampler_weighting(
     weights[0] *= weight_at_zero
 
     def weighting(timesteps: Tensor) -> Tensor:
-        chosen: Tensor = weights[timesteps.round().long()]
+        chosen: Tensor = weights.to(timesteps.device)[timesteps.round().long()]
         return chosen
 
     return weighting

@@ -1,10 +1,9 @@
-"""Turn the results of the PTQ recipe into the saved model, `report.json` and `report.html`."""
+"""Turn the results of a PTQ recipe into the saved model, `report.json` and `report.html`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor
 
 import tdq_plugin as tdq
@@ -15,50 +14,56 @@ from tdq_plugin.recipes.frameworks import Framework
 from tdq_plugin.recipes.method_states import MethodStates
 from tdq_plugin.recipes.ptq_deploy import measure_latency, save_model
 from tdq_plugin.recipes.ptq_methods import METHODS
+from tdq_plugin.recipes.ptq_quantize import Start
 from tdq_plugin.recipes.report_parts import command, dynamics, versions
 from tdq_plugin.recipes.run_state import RunState
-from tdq_plugin.reconstruct import CalibrationSet
 from tdq_plugin.study import write_report
 from tdq_plugin.study.figures import error_over_timesteps, sample_grid, scale_curves
 from tdq_plugin.study.schema import Report, ReportRow
 
 if TYPE_CHECKING:
+    from tdq_plugin.recipes.ptq_comparison import ComparisonRun
     from tdq_plugin.recipes.ptq_config import PTQConfig
 
 __all__ = ["FEATURE_SPACE", "write_results"]
 
-RECIPE = "ddim-digits-ptq"
 FEATURE_SPACE = "64 features of the digit classifier in recipes/assets/digits-classifier"
-SHOWN = ("minmax", "lsq", "tdq")
+SHOWN = ("minmax", "lsq", "tdq", "tdq_corrected")
+
+CORRECTED = (
+    "Corrected: an image is added to the predicted noise at each timestep, fitted so that the mean "
+    "of the quantized model's samples is that of the float model's after every step. It belongs to "
+    "the sampler's timesteps; at others there is no corrected row."
+)
 
 
-def write_results(
-    config: "PTQConfig",
-    framework: Framework,
-    state: RunState,
-    states: MethodStates,
-    observations: dict[str, Observation],
-    evaluator: Evaluator,
-    unet: UNet2DModel,
-    data: CalibrationSet,
-) -> Path:
-    """Save the deployed model, time it, and write the report; return the run's folder."""
-    sizes = save_model(config, framework, state, states, unet, evaluator.scheduler)
+def write_results(recipe: str, run: "ComparisonRun", start: Start, states: MethodStates) -> Path:
+    """Save the TDQ model, time it, and write the report; return the run's folder."""
+    config, state, evaluator = run.config, run.state, run.evaluator
+    sizes = save_model(
+        run.framework,
+        states.load("tdq"),
+        state.folder / "model",
+        run.model.unet,
+        evaluator.scheduler,
+        {"recipe": recipe, "bits": config.bits, "steps": config.steps},
+        state.correction_path("tdq") if "tdq" in config.correction.methods else None,
+    )
     report: Report = {
-        "recipe": RECIPE,
-        "command": command(RECIPE, config),
+        "recipe": recipe,
+        "command": command(recipe, config),
         "seed": config.seed,
         "bits": config.bits,
         "versions": versions("tdq-plugin", "torch", "diffusers", "torchmetrics"),
         "rows": _rows(config, state, evaluator),
         "methods": {METHODS[name].title: METHODS[name].description for name in config.methods},
-        "notes": [_rounding(config, framework)],
-        "latency": measure_latency(config, framework, state, states, unet, data),
+        "notes": [_rounding(config, run.framework), CORRECTED],
+        "latency": measure_latency(run, start, states),
         "size_bytes": sizes,
         "noise_floor": evaluator.noise_floor(),
-        "temporal_dynamics": dynamics(observations),
+        "temporal_dynamics": dynamics(start.observations),
     }
-    write_report(state.folder, report, _figures(config, state, observations, evaluator))
+    write_report(state.folder, report, _figures(config, state, start.observations, evaluator))
     return state.folder
 
 
@@ -73,12 +78,13 @@ def _rows(config: "PTQConfig", state: RunState, evaluator: Evaluator) -> list[Re
     rows: list[Any] = [
         {"method": "float32", "execution": "float32", **evaluator.float_metrics(), **common}
     ]
-    for name in config.methods:
+    for name, title in config.rows.items():
         for execution in ("int8", "fake"):
             result = state.result(name, execution)
             if result is not None:
                 measured = {**result.metrics, **common}
-                rows.append({"method": METHODS[name].title, "execution": execution, **measured})
+                row = {"method": title, "key": name, "execution": execution}
+                rows.append(row | measured)
     return rows
 
 
@@ -114,8 +120,8 @@ def _figures(
 def _grid(config: "PTQConfig", state: RunState, evaluator: Evaluator) -> bytes:
     rows: dict[str, Tensor] = {"float32": evaluator.images}
     for name in SHOWN:
-        if name in config.methods:
-            rows[METHODS[name].title] = _any_result(state, name).images
+        if name in config.rows:
+            rows[config.rows[name]] = _any_result(state, name).images
     return sample_grid(rows, columns=16)
 
 

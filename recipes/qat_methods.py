@@ -10,7 +10,14 @@ import tdq_plugin as tdq
 from tdq_plugin.calibrate import initialise_scales
 from tdq_plugin.observe import Observation
 from tdq_plugin.quantizer import Estimator
-from tdq_plugin.scales import PAPER, ConstantBank, GeneratorBank, LearnedTableBank, TrainableBank
+from tdq_plugin.scales import (
+    PAPER,
+    ConstantBank,
+    GeneratorBank,
+    GeneratorConfig,
+    LearnedTableBank,
+    TrainableBank,
+)
 from tdq_plugin.weights import WeightQuantizer
 
 __all__ = ["METHODS", "QATMethod", "apply_method", "calibrate_bank"]
@@ -85,6 +92,15 @@ METHODS = {
         GeneratorBank,
         warm_start=True,
     ),
+    **{
+        f"tdq_depth_{depth}": QATMethod(
+            f"TDQ, depth {depth}",
+            f"TDQ with generators of {depth} linear layer{'s' if depth > 1 else ''} instead of 4.",
+            partial(GeneratorBank, config=GeneratorConfig(depth=depth)),
+            warm_start=True,
+        )
+        for depth in (1, 2, 3, 5, 6)
+    },
     "tdq_paper": QATMethod(
         "TDQ, paper preset",
         "Generators with the paper's encoding, softplus and He initialisation, LSQ gradients.",

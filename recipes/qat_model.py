@@ -1,6 +1,8 @@
 """From a float UNet to one that trains with quantization, and back to files."""
 
 import copy
+import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch.ao.quantization.quantize_fx import prepare_qat_fx
 import tdq_plugin as tdq
 from tdq_plugin.adapters.torch_ao import tdq_backend_config, tdq_qconfig_mapping
 from tdq_plugin.deploy import lower_to_int8, save_int8
+from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_file, atomic_folder
 from tdq_plugin.freeze import evaluate_table
 from tdq_plugin.graph import copy_module_paths
@@ -22,7 +25,14 @@ from tdq_plugin.recipes.bits import Bits
 from tdq_plugin.recipes.sampling import image_shape
 from tdq_plugin.scales import FrozenBank
 
-__all__ = ["frozen", "load_weights", "prepare", "save_integer_model", "save_weights"]
+__all__ = [
+    "copy_weights",
+    "frozen",
+    "load_weights",
+    "prepare",
+    "save_integer_model",
+    "save_weights",
+]
 
 
 def prepare(
@@ -80,6 +90,25 @@ def save_weights(model: nn.Module, path: Path) -> None:
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load what `save_weights` saved, into a model prepared in the same way."""
     model.load_state_dict(load_file(path))
+
+
+def copy_weights(run: Path, method: str, bits: str, path: Path) -> None:
+    """Copy what another run has saved of a method.
+
+    Raises:
+        ConfigError: The run has not trained this method, or with other bits.
+    """
+    source, config = run / "weights" / f"{method}.safetensors", run / "config.json"
+    if not source.exists() or not config.exists():
+        raise ConfigError(
+            f"trained = {str(run)!r} has no weights of {method!r}: {source} does not exist. "
+            "Give the folder of a finished run with this method."
+        )
+    other = json.loads(config.read_text())["bits"]
+    if other != bits:
+        raise ConfigError(f"trained = {str(run)!r} is a run with bits={other}, not {bits}.")
+    with atomic_file(path) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def save_integer_model(

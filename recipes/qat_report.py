@@ -1,27 +1,26 @@
-"""Turn the results of `ddim-digits-qat` into the saved model, `report.json` and `report.html`."""
+"""Turn the results of compared methods into the saved model, `report.json` and `report.html`."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffusers import UNet2DModel
-from torch import Tensor, fx
+from torch import Tensor
 
 from tdq_plugin.observe import Observation
 from tdq_plugin.recipes.evaluation import Evaluator, Result
 from tdq_plugin.recipes.image_quality import FEATURE_SPACES
+from tdq_plugin.recipes.qat_comparison import trained
+from tdq_plugin.recipes.qat_config import ComparisonConfig
 from tdq_plugin.recipes.qat_methods import METHODS
 from tdq_plugin.recipes.qat_model import save_integer_model
+from tdq_plugin.recipes.qat_stages import QATRun
 from tdq_plugin.recipes.report_parts import command, dynamics, versions
 from tdq_plugin.recipes.run_state import RunState
 from tdq_plugin.study import write_report
 from tdq_plugin.study.figures import error_over_timesteps, sample_grid
 from tdq_plugin.study.schema import Latency, Report, ReportRow
 
-if TYPE_CHECKING:
-    from tdq_plugin.recipes.ddim_digits_qat import QATConfig
-
 __all__ = ["write_results"]
 
-RECIPE = "ddim-digits-qat"
 NOTES = [
     "Every method starts from the same float model and calibration, sees the same batches for the "
     "same number of steps, and trains the weights as well. Timesteps of the unseen error lie "
@@ -29,6 +28,11 @@ NOTES = [
     "does not.",
     "Training does not change the speed of the integer model: see the report of ddim-digits-ptq.",
 ]
+LATENT_NOTE = (
+    "The model denoises latents: errors of noise and of steps are those of latents. Images, their "
+    "pixels and features are decoded by the autoencoder, which stays float; the sizes are those of "
+    "the denoiser alone."
+)
 NOT_TIMED: Latency = {
     "float32": None,
     "static_int8": None,
@@ -39,24 +43,24 @@ NOT_TIMED: Latency = {
 
 
 def write_results(
-    config: "QATConfig",
-    state: RunState,
+    recipe: str,
+    run: QATRun[ComparisonConfig],
     observations: dict[str, Observation],
     evaluator: Evaluator,
-    deployed: fx.GraphModule,
-    unet: UNet2DModel,
 ) -> None:
-    """Save the integer model of `deployed`, a frozen model, and write the report."""
-    size = save_integer_model(state.folder / "model", deployed, unet, evaluator.scheduler, RECIPE)
+    """Save the integer model of TDQ, or of the first method, and write the report."""
+    config, state, unet = run.config, run.state, run.model.unet
+    deployed = trained(run, "tdq" if "tdq" in config.methods else config.methods[0], evaluator)
+    size = save_integer_model(state.folder / "model", deployed, unet, evaluator.scheduler, recipe)
     report: Report = {
-        "recipe": RECIPE,
-        "command": command(RECIPE, config),
+        "recipe": recipe,
+        "command": command(recipe, config),
         "seed": config.seed,
         "bits": config.bits,
         "versions": versions("tdq-plugin", "torch", "diffusers", "accelerate", "torchmetrics"),
         "rows": _rows(config, state, evaluator),
         "methods": {METHODS[name].title: METHODS[name].description for name in config.methods},
-        "notes": NOTES,
+        "notes": NOTES if run.model.autoencoder is None else [*NOTES, LATENT_NOTE],
         "latency": NOT_TIMED,
         "size_bytes": {"float32": _float_bytes(unet), "int8": size},
         "noise_floor": evaluator.noise_floor(),
@@ -69,14 +73,15 @@ def _float_bytes(unet: UNet2DModel) -> int:
     return sum(p.numel() * p.element_size() for p in unet.parameters())
 
 
-def _rows(config: "QATConfig", state: RunState, evaluator: Evaluator) -> list[ReportRow]:
+def _rows(config: ComparisonConfig, state: RunState, evaluator: Evaluator) -> list[ReportRow]:
     common = {"samples": config.evaluation.samples, "feature_space": FEATURE_SPACES["digits"]}
     rows: list[Any] = [
         {"method": "float32", "execution": "float32", **evaluator.float_metrics(), **common}
     ]
     for name in config.methods:
         measured = {**_result(state, name).metrics, **common}
-        rows.append({"method": METHODS[name].title, "execution": "fake", **measured})
+        row = {"method": METHODS[name].title, "key": name, "execution": "fake"}
+        rows.append(row | measured)
     return rows
 
 
@@ -87,7 +92,7 @@ def _result(state: RunState, name: str) -> Result:
 
 
 def _figures(
-    config: "QATConfig", state: RunState, evaluator: Evaluator
+    config: ComparisonConfig, state: RunState, evaluator: Evaluator
 ) -> dict[str, tuple[bytes, str]]:
     images: dict[str, Tensor] = {"float32": evaluator.images}
     curves = {}

@@ -50,4 +50,5 @@ def _leaves(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _yaml(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    # An empty value would be read as null.
+    return value if isinstance(value, str) and value else json.dumps(value)

@@ -41,6 +41,14 @@ class RunState:
         """Where the weights are that a method has changed."""
         return self.folder / "weights" / f"{method}.safetensors"
 
+    def correction_path(self, method: str) -> Path:
+        """Where a method's output correction is."""
+        return self.folder / "corrections" / f"{method}.safetensors"
+
+    def checkpoint_path(self, method: str) -> Path:
+        """Where an unfinished training of a method is."""
+        return self.folder / "checkpoints" / f"{method}.safetensors"
+
     def result(self, method: str, execution: str = "fake") -> Result | None:
         """The stored result, if the method is finished."""
         path = self._result_path(method, execution)

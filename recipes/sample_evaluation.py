@@ -4,15 +4,15 @@ from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDIMScheduler
 from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from tdq_plugin.recipes.config import Section
+from tdq_plugin.recipes.float_model import FloatModel
 from tdq_plugin.recipes.image_quality import Features, SampleQuality
 from tdq_plugin.recipes.objectives import Source
-from tdq_plugin.recipes.sampling import Denoiser, sample
+from tdq_plugin.recipes.sampling import Denoiser, sample, scheduler_with
 
 __all__ = ["SampleEvaluation", "SampleEvaluationSection"]
 
@@ -25,6 +25,7 @@ class SampleEvaluationSection(Section):
         steps: Of the DDIM sampler.
         batch_size: Images drawn together.
         features: `inception` for FID and IS as in papers; needs the extra `inception`.
+        with_score: Whether to compute the IS, which has a meaning for images of many classes.
         seed: Of the noise; the same for every model.
     """
 
@@ -32,6 +33,7 @@ class SampleEvaluationSection(Section):
     steps: int = Field(ge=2)
     batch_size: int = Field(gt=0)
     features: Features
+    with_score: bool = True
     seed: int
 
 
@@ -41,39 +43,37 @@ class SampleEvaluation:
     Args:
         section: How.
         accelerator: Its processes share the work.
+        model: The float model: its diffusion process and its latents.
         images: The real images.
-        scheduler: The sampler, its timesteps set.
     """
 
     def __init__(
         self,
         section: SampleEvaluationSection,
         accelerator: Accelerator,
+        model: FloatModel,
         images: Source,
-        scheduler: DDIMScheduler,
     ) -> None:
-        self.section, self.accelerator, self.scheduler = section, accelerator, scheduler
-        self.shape: torch.Size | None = None
-        self.quality = SampleQuality(section.features, accelerator.device)
+        self.section, self.accelerator, self.model = section, accelerator, model
+        self.scheduler = scheduler_with(model.scheduler, section.steps)
+        self.quality = SampleQuality(section.features, accelerator.device, section.with_score)
         for numbers in self._shared(len(images), "real images"):
-            real = images[numbers]
-            self.shape = real.shape[1:]
-            self.quality.add_real(real)
+            self.quality.add_real(images[numbers])
 
     @torch.no_grad()
     def evaluate(self, denoiser: Denoiser, title: str) -> dict[str, float]:
         """Draw, and compare; every process gets the result."""
-        assert self.shape is not None
         for numbers in self._shared(self.section.samples, title):
             noise = self._noise(numbers).to(self.accelerator.device)
-            self.quality.add_drawn(sample(denoiser, self.scheduler, noise, len(noise)))
+            self.quality.add_drawn(
+                sample(denoiser, self.scheduler, noise, len(noise), decode=self.model.decode)
+            )
         return self.quality.compute()
 
     def _noise(self, numbers: Tensor) -> Tensor:
-        assert self.shape is not None
         seed = self.section.seed * 1_000_003 + int(numbers[0])
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(len(numbers), *self.shape, generator=generator)
+        return torch.randn(len(numbers), *self.model.latent_shape, generator=generator)
 
     def _shared(self, count: int, title: str) -> Iterator[Tensor]:
         """Batches of numbers below `count`, dealt out to the processes."""

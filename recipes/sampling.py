@@ -44,7 +44,8 @@ def image_shape(model: UNet2DModel) -> tuple[int, int, int]:
 
 def scheduler_with(scheduler: DDIMScheduler, steps: int, offset: int = 0) -> DDIMScheduler:
     """A copy of the scheduler with `steps` timesteps, each `offset` later than usual."""
-    copy = DDIMScheduler.from_config(scheduler.config, steps_offset=offset)
+    later = scheduler.config.steps_offset + offset
+    copy = DDIMScheduler.from_config(scheduler.config, steps_offset=later)
     copy.set_timesteps(steps)
     return copy
 
@@ -56,14 +57,24 @@ def sample(
     noise: Tensor,
     batch_size: int = 200,
     advance: Callable[[int], Any] | None = None,
+    decode: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Draw images from given noise, shape `(N, C, H, W)`; `advance` is told of finished images."""
+    """Draw images in [-1, 1] from given noise, shape `(N, C, H, W)`.
+
+    Args:
+        denoiser: Predicts the noise.
+        scheduler: The sampler, its timesteps set.
+        noise: What sampling starts from.
+        batch_size: Images drawn together.
+        advance: Told of finished images.
+        decode: From what the denoiser sees to images, where the two differ.
+    """
     images = []
     for start in noise.split(batch_size):
         current = start
         for timestep in scheduler.timesteps:
             current = scheduler.step(denoiser(current, timestep), timestep, current).prev_sample
-        images.append(current.clamp(-1, 1))
+        images.append((decode(current) if decode else current).clamp(-1, 1))
         if advance is not None:
             advance(len(start))
     return torch.cat(images)

@@ -1,7 +1,9 @@
 """NNCF: `nncf.quantize`, and OpenVINO's integer kernels."""
 
 import copy
-import warnings
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import tdq_plugin as tdq
 from tdq_plugin.adapters.nncf import prepare, strip, tdq_quantize_settings
 from tdq_plugin.deploy.openvino import OpenVINOModel, save_openvino, to_openvino
 from tdq_plugin.deploy.openvino.precision import DEFAULT_PROPERTIES
+from tdq_plugin.deploy.openvino.traced import traced_model
 from tdq_plugin.recipes.bits import Bits
 from tdq_plugin.recipes.frameworks import Framework
 from tdq_plugin.recipes.sampling import Denoiser, image_shape
@@ -50,12 +53,13 @@ class _NNCF:
 
     def prepare(self, model: UNet2DModel, data: CalibrationSet, bits: Bits) -> nn.Module:
         batches = list(data.batches(_BATCH_SIZE))
-        quantized = nncf.quantize(
-            copy.deepcopy(model),
-            nncf.Dataset(batches),
-            subset_size=len(batches),
-            **tdq_quantize_settings(),
-        )
+        with _warnings_only(logging.getLogger("nncf")):
+            quantized = nncf.quantize(
+                copy.deepcopy(model),
+                nncf.Dataset(batches),
+                subset_size=len(batches),
+                **tdq_quantize_settings(),
+            )
         example = data.samples[:2], data.timesteps[:2]
         return tdq.attach(prepare(quantized, example, bits.activations, bits.weights)).eval()
 
@@ -72,7 +76,9 @@ class _NNCF:
         """OpenVINO has no scales that depend on the input."""
 
     def deploy_float(self, model: UNet2DModel, data: CalibrationSet) -> Denoiser:
-        converted = _convert_float(model, data)
+        converted = traced_model(
+            _Predict(model), {"sample": data.samples[:2], "timestep": data.timesteps[:1]}
+        )
         # With its fusion of element-wise operations, OpenVINO 2026.4 crashes when it compiles a
         # float UNet with resnet_time_scale_shift="scale_shift" for a fixed batch size.
         properties = {**_properties(), "SNIPPETS_MODE": "DISABLE"}
@@ -99,14 +105,15 @@ def _properties() -> dict[str, Any]:
     return {**DEFAULT_PROPERTIES, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
 
 
-def _convert_float(model: UNet2DModel, data: CalibrationSet) -> ov.Model:
-    example = data.samples[:2], data.timesteps[:1]
-    with torch.no_grad(), warnings.catch_warnings():
-        # OpenVINO reads TorchScript, which torch deprecates.
-        warnings.filterwarnings("ignore", ".*torch.jit.trace", DeprecationWarning)
-        # Sizes of images are those of the example; the tracer warns of each.
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
-        return ov.convert_model(torch.jit.trace(_Predict(model), example, check_trace=False))
+@contextmanager
+def _warnings_only(logger: logging.Logger) -> Iterator[None]:
+    """At INFO, `nncf.quantize` names every operation that its settings ask it to leave float."""
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 FRAMEWORK: Framework = _NNCF()  # type: ignore[assignment]

@@ -1,5 +1,6 @@
 """torch.ao FX: a traced graph, and torch's integer kernels."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ class _TorchAO:
 
     def prepare(self, model: UNet2DModel, data: CalibrationSet, bits: Bits) -> fx.GraphModule:
         example = (data.samples[:2], data.timesteps[:2])
-        graph = tdq.trace(model, example)
+        graph = tdq.trace(copy.deepcopy(model), example)
         mapping = tdq_qconfig_mapping(graph, bits.activations, bits.weights)
         prepared = prepare_qat_fx(
             graph.train(), mapping, example, backend_config=tdq_backend_config()

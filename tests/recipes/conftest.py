@@ -1,40 +1,40 @@
-"""A tiny DDIM with random weights, and digits that are read once."""
+"""A tiny DDIM and a tiny LDM with random weights."""
 
-import functools
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-
-from tdq_plugin.recipes import digits_evaluation, image_data
-from tdq_plugin.recipes.digits import load_digits
+from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, LDMPipeline, UNet2DModel
+from diffusers_models import tiny_unet
 
 
-@pytest.fixture(scope="session", autouse=True)
-def digits_are_read_once() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (image_data, digits_evaluation):
-            patch.setattr(module, "load_digits", functools.cache(load_digits))
-        yield
+def unet(**changes: Any) -> UNet2DModel:
+    return tiny_unet(resnet_time_scale_shift="scale_shift", **changes)
 
 
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    unet = UNet2DModel(
+    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
+    DDIMPipeline(unet(sample_size=16), DDIMScheduler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_latent_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images 1x16x16, latents 2x8x8."""
+    denoiser = unet(in_channels=2, out_channels=2)
+    autoencoder = AutoencoderKL(
         sample_size=16,
         in_channels=1,
         out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        latent_channels=2,
+        block_out_channels=(4, 8),
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
         norm_num_groups=4,
-        attention_head_dim=8,
-        resnet_time_scale_shift="scale_shift",
+        scaling_factor=2.0,
     )
-    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
-    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(folder)
+    folder = tmp_path_factory.mktemp("tiny") / "latent-pipeline"
+    scheduler = DDIMScheduler(clip_sample=False)
+    LDMPipeline(autoencoder, denoiser, scheduler).save_pretrained(folder)
     return folder

@@ -1,121 +1,171 @@
-"""The recipe that trains the float model: what it writes, and that a restart changes nothing."""
+"""The recipes that train float models: what they write, and that a restart changes nothing."""
 
-import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline
+from diffusers import AutoencoderKL, DDIMPipeline, LDMPipeline
 from matplotlib.image import imread
 from safetensors.torch import load_file
 
 from tdq_plugin.errors import ConfigError
-from tdq_plugin.recipes import ddim_digits_pretrain, find_recipe
+from tdq_plugin.recipes import Recipe, find_recipe, pretraining
 from tdq_plugin.recipes.digits import load_digits
 
-SMALL = [
-    "iterations=6",
-    "batch_size=4",
-    "warmup=2",
-    "checkpoint_every=2",
+SHORT = ["iterations=6", "batch_size=4", "warmup=2", "checkpoint_every=2"]
+SMALL_UNET = [
     "unet.block_out_channels=[8, 16]",
     "unet.down_block_types=[DownBlock2D, AttnDownBlock2D]",
     "unet.up_block_types=[AttnUpBlock2D, UpBlock2D]",
     "unet.norm_num_groups=4",
     "unet.attention_head_dim=8",
 ]
-PRETRAIN = find_recipe("ddim-digits-pretrain")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def digits_are_read_once() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ddim_digits_pretrain, "load_digits", functools.cache(load_digits))
-        yield
-
-
-@pytest.fixture(scope="module")
-def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return [*SMALL, f"output={tmp_path_factory.mktemp('runs')}"]
+SMALL_AUTOENCODER = [
+    "autoencoder.sample_size=8",
+    "autoencoder.block_out_channels=[4, 8]",
+    "autoencoder.down_block_types=[DownEncoderBlock2D, DownEncoderBlock2D]",
+    "autoencoder.up_block_types=[UpDecoderBlock2D, UpDecoderBlock2D]",
+    "autoencoder.norm_num_groups=4",
+]
+PIXELS = find_recipe("ddim-digits-pretrain")
+AUTOENCODER = find_recipe("ldm-digits-autoencoder")
+LATENTS = find_recipe("ldm-digits-pretrain")
 
 
 @pytest.fixture(scope="module")
-def finished(overrides: list[str]) -> Path:
-    return PRETRAIN.run(PRETRAIN.configure(overrides))
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+@pytest.fixture(scope="module")
+def autoencoder(output: Path) -> Path:
+    overrides = [*SHORT, *SMALL_AUTOENCODER, f"output={output}"]
+    return AUTOENCODER.run(AUTOENCODER.configure(overrides))
 
 
-def test_the_model_is_a_pipeline_that_draws(finished: Path) -> None:
-    pipeline = DDIMPipeline.from_pretrained(finished / "model")
-    pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(batch_size=2, num_inference_steps=2, output_type="np").images
-    assert images.shape == (2, 16, 16, 1)
+@pytest.fixture(scope="module")
+def overrides(output: Path, autoencoder: Path) -> dict[str, list[str]]:
+    """For a small and short run of each recipe."""
+    common = [*SHORT, f"output={output}"]
+    latents = ["unet.sample_size=4", f"autoencoder={autoencoder / 'model'}"]
+    return {
+        PIXELS.name: [*common, *SMALL_UNET],
+        AUTOENCODER.name: [*common, *SMALL_AUTOENCODER],
+        LATENTS.name: [*common, *SMALL_UNET, *latents],
+    }
 
 
-def test_the_figures_are_pictures(finished: Path) -> None:
-    for name in ("loss.png", "samples.png"):
-        height, width, _ = imread(finished / name).shape
-        assert min(height, width) > 100
+@pytest.fixture(scope="module")
+def finished(autoencoder: Path, overrides: dict[str, list[str]]) -> dict[str, Path]:
+    folders = {
+        recipe.name: recipe.run(recipe.configure(overrides[recipe.name]))
+        for recipe in (PIXELS, LATENTS)
+    }
+    return {AUTOENCODER.name: autoencoder, **folders}
 
 
+def weights(folder: Path) -> list[dict[str, torch.Tensor]]:
+    return [load_file(file) for file in sorted((folder / "model").rglob("*.safetensors"))]
+
+
+def test_the_model_is_a_pipeline_that_draws(finished: dict[str, Path]) -> None:
+    for recipe, kind, size in ((PIXELS, DDIMPipeline, 16), (LATENTS, LDMPipeline, 8)):
+        pipeline = kind.from_pretrained(finished[recipe.name] / "model")
+        pipeline.set_progress_bar_config(disable=True)
+        images = pipeline(batch_size=2, num_inference_steps=2, output_type="np").images
+        assert images.shape == (2, size, size, 1)
+
+
+def test_latents_have_a_spread_of_one(finished: dict[str, Path]) -> None:
+    model = AutoencoderKL.from_pretrained(finished[AUTOENCODER.name] / "model")
+    with torch.no_grad():
+        latents = model.encode(load_digits(8)[0]).latent_dist.mean * model.config.scaling_factor
+    assert float(latents.std()) == pytest.approx(1, rel=1e-4)
+    scheduler = LDMPipeline.from_pretrained(finished[LATENTS.name] / "model").scheduler
+    assert not scheduler.config.clip_sample
+
+
+def test_the_figures_are_pictures(finished: dict[str, Path]) -> None:
+    for recipe, picture in (
+        (PIXELS, "samples"),
+        (AUTOENCODER, "reconstructions"),
+        (LATENTS, "samples"),
+    ):
+        for name in ("loss", picture):
+            height, width, _ = imread(finished[recipe.name] / f"{name}.png").shape
+            assert min(height, width) > 100
+
+
+@pytest.mark.parametrize("recipe", [PIXELS, AUTOENCODER, LATENTS], ids=lambda recipe: recipe.name)
 def test_a_restart_changes_nothing(
-    finished: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe,
+    finished: dict[str, Path],
+    overrides: dict[str, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = PRETRAIN.configure([*overrides, "name=interrupted"])
+    config = recipe.configure([*overrides[recipe.name], f"name={recipe.name}-interrupted"])
     steps: list[int] = []
-    original = ddim_digits_pretrain.train_step
+    original = pretraining.Training.advance
 
-    def interrupted(training: Any, *args: Any) -> float:
+    def interrupted(training: Any, *args: Any) -> None:
         steps.append(training.step)
         if len(steps) == 4:
             raise KeyboardInterrupt
-        return original(training, *args)
+        original(training, *args)
 
-    monkeypatch.setattr(ddim_digits_pretrain, "train_step", interrupted)
+    monkeypatch.setattr(pretraining.Training, "advance", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        PRETRAIN.run(config)
+        recipe.run(config)
     assert not (config.run_folder / "model").exists()
-    resumed = weights(PRETRAIN.run(config))
+    recipe.run(config)
     assert steps == [0, 1, 2, 3, 2, 3, 4, 5]
-    uninterrupted = weights(finished)
-    assert resumed.keys() == uninterrupted.keys()
-    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
+    folders = (finished[recipe.name], config.run_folder)
+    for uninterrupted, resumed in zip(*map(weights, folders), strict=True):
+        assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
     losses = [
-        torch.load(folder / "checkpoint.pt", weights_only=True)["losses"]
-        for folder in (finished, config.run_folder)
+        torch.load(folder / "checkpoint.pt", weights_only=True)["losses"] for folder in folders
     ]
     assert len(losses[0]) == 6
     assert losses[0] == losses[1]
 
 
-def test_training_moves_the_weights_by_the_seed(finished: Path, overrides: list[str]) -> None:
-    other = weights(PRETRAIN.run(PRETRAIN.configure([*overrides, "name=seed1", "seed=1"])))
+def test_training_moves_the_weights_by_the_seed(
+    finished: dict[str, Path], overrides: dict[str, list[str]]
+) -> None:
+    config = PIXELS.configure([*overrides[PIXELS.name], "name=seed1", "seed=1"])
+    (first,), (other,) = weights(finished[PIXELS.name]), weights(PIXELS.run(config))
     assert not any(
         torch.equal(other[name], weight)
-        for name, weight in weights(finished).items()
+        for name, weight in first.items()
         if name.endswith("conv1.weight")
     )
 
 
-def test_a_run_folder_belongs_to_one_configuration(finished: Path, overrides: list[str]) -> None:
-    other = PRETRAIN.configure([*overrides, "batch_size=5"])
+def test_a_run_folder_belongs_to_one_configuration(
+    finished: dict[str, Path], overrides: dict[str, list[str]]
+) -> None:
+    other = PIXELS.configure([*overrides[PIXELS.name], "batch_size=5"])
     with pytest.raises(ConfigError, match=r"was written with another configuration: .*batch_size"):
-        PRETRAIN.run(other)
+        PIXELS.run(other)
+
+
+def test_an_autoencoder_that_is_not_there(tmp_path: Path) -> None:
+    config = LATENTS.configure([f"autoencoder={tmp_path}", f"output={tmp_path}"])
+    with pytest.raises(ConfigError, match=r"is no folder of a saved autoencoder. Train one: tdq"):
+        LATENTS.run(config)
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("recipe", "override", "message"),
     [
-        ("iterations=0", r"^iterations = 0: Input should be greater than 0"),
-        ("ema_decay=1", r"^ema_decay = 1: Input should be less than 1"),
-        ("unet=3", r"^unet = 3: Input should be a valid dictionary"),
+        (PIXELS, "iterations=0", r"^iterations = 0: Input should be greater than 0"),
+        (PIXELS, "ema_decay=1", r"^ema_decay = 1: Input should be less than 1"),
+        (PIXELS, "unet=3", r"^unet = 3: Input should be a valid dictionary"),
+        (AUTOENCODER, "kl_weight=-1", r"^kl_weight = -1: Input should be greater than or equal"),
+        (LATENTS, "kl_weight=1", r"^Unknown key 'kl_weight'. Known keys: autoencoder, batch_si"),
     ],
 )
-def test_mistakes_in_the_configuration(override: str, message: str) -> None:
+def test_mistakes_in_the_configuration(recipe: Recipe, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        PRETRAIN.configure([override])
+        recipe.configure([override])

@@ -1,6 +1,8 @@
 """The PTQ recipe through NNCF: the same report, on OpenVINO's integer kernels."""
 
 import json
+import logging
+import logging.handlers
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 from tdq_plugin.deploy.openvino import OVDenoiser
 from tdq_plugin.errors import ConfigError, LookupRuleError
 from tdq_plugin.recipes import find_recipe
+from tdq_plugin.recipes.bits import Bits
 from tdq_plugin.recipes.frameworks import load_framework
 from tdq_plugin.recipes.ptq_methods import METHODS
 from tdq_plugin.recipes.sampling import image_shape, sample, scheduler_with
@@ -106,6 +109,22 @@ def test_the_float_model_in_openvino(unet: UNet2DModel) -> None:
     run = load_framework("nncf").deploy_float(unet, CalibrationSet(x, torch.zeros(2)))
     with torch.no_grad():
         torch.testing.assert_close(run(x, 500), unet(x, 500).sample, rtol=1e-4, atol=1e-5)
+
+
+def test_nncf_does_not_name_what_stays_float(unet: UNet2DModel) -> None:
+    logger, records = logging.getLogger("nncf"), logging.handlers.BufferingHandler(100)
+    level = logger.level
+    logger.addHandler(records)
+    logger.setLevel(logging.INFO)
+    try:
+        data = CalibrationSet(torch.zeros(2, *image_shape(unet)), torch.tensor([0.0, 500.0]))
+        load_framework("nncf").prepare(unet, data, Bits(8, 8))
+        messages = [record.getMessage() for record in records.buffer]
+        assert not [message for message in messages if "Not adding activation" in message]
+        assert logger.level == logging.INFO
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(records)
 
 
 def test_nncf_rounds_weights_itself(overrides: list[str]) -> None:

@@ -18,6 +18,10 @@ from safetensors.torch import load_file
 from tdq_plugin.deploy import load_int8
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes import find_recipe
+from tdq_plugin.recipes.best_checkpoints import BestCheckpoints
+from tdq_plugin.recipes.image_data import load_images
+from tdq_plugin.recipes.qat_full_size import prepare_method, train_best
+from tdq_plugin.recipes.qat_stages import start
 
 QAT = find_recipe("ddim-cifar10-qat")
 WITHOUT_NETWORK = ["data={source: digits, validation_images: 16}", "evaluation.features=digits"]
@@ -109,10 +113,10 @@ def test_two_processes_do_what_one_does(finished: Path, overrides: list[str]) ->
 def test_a_restart_repeats_nothing(
     finished: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tdq_plugin.recipes import ddim_cifar10_qat
+    from tdq_plugin.recipes.training import Training
 
     config = QAT.configure([*overrides, "name=interrupted"])
-    original = ddim_cifar10_qat.Training.advance
+    original = Training.advance
     steps: list[int] = []
 
     def interrupted(training: Any, objective: Any) -> Any:
@@ -121,7 +125,7 @@ def test_a_restart_repeats_nothing(
             raise KeyboardInterrupt
         return original(training, objective)
 
-    monkeypatch.setattr(ddim_cifar10_qat.Training, "advance", interrupted)
+    monkeypatch.setattr(Training, "advance", interrupted)
     with pytest.raises(KeyboardInterrupt):
         QAT.run(config)
     folder = QAT.run(config)
@@ -143,8 +147,6 @@ def cifar10_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_real_size_trains(cifar10_pipeline: Path, tmp_path: Path) -> None:
     """The real configuration; only the number of steps and samples is small."""
-    from tdq_plugin.recipes import ddim_cifar10_qat as module
-
     settings = [
         *WITHOUT_NETWORK,
         f"model={cifar10_pipeline}",
@@ -158,24 +160,24 @@ def test_the_real_size_trains(cifar10_pipeline: Path, tmp_path: Path) -> None:
         "validation.batches=1",
     ]
     config = QAT.configure(settings)
-    described = str(module.plan(config))
+    described = str(QAT.plan(config))
     assert "35,746,307 parameters" in described
     assert "TDQ, W4A4, " in described
     total, state = map(float, re.findall(r"(\d+\.\d+)(?: GB:| for param)", described))
-    # 20 bytes for each parameter, and two copies of the quantized weights.
-    assert 0.9 < state < 1.2
+    # 20 bytes for each parameter, two copies of the quantized weights, and the float model.
+    assert 1.05 < state < 1.35
     assert state + 0.05 < total < state + 0.4
-    accelerator = module.make_accelerator(config.run_folder, "no", [], {})
-    parts = module._parts(config)
-    before = parts.quantized.get_parameter("mid_block.resnets.0.conv1.weight").detach().clone()
-    best = module.BestCheckpoints(config.run_folder / "weights", 5)
-    module._train(config, accelerator, parts, best)
+    run = start(config)
+    quantized = prepare_method(config, run.model)
+    before = quantized.get_parameter("mid_block.resnets.0.conv1.weight").detach().clone()
+    best = BestCheckpoints(config.run_folder / "weights", 5)
+    train_best(run, quantized, *load_images(config.data, run.model.image_shape), best)
     assert list(best.losses()) == [1]
-    after = parts.quantized.get_parameter("mid_block.resnets.0.conv1.weight")
+    after = quantized.get_parameter("mid_block.resnets.0.conv1.weight")
     assert not torch.equal(after, before)
-    names = parts.quantized.scale_bank.names
+    names = quantized.scale_bank.names
     assert not {"conv_in.input", "conv_out.input"} & set(names)
-    assert {grid.bits for grid in parts.quantized.scale_bank.grids} == {4}
+    assert {grid.bits for grid in quantized.scale_bank.grids} == {4}
 
 
 def test_the_configuration_is_that_of_the_paper() -> None:

@@ -125,8 +125,8 @@ def test_memory_of_training() -> None:
             return self.second(self.first(sample).exp())
 
     # Of each sample, backward needs the input and exp's output, which the second layer reads too.
-    memory = training_memory(Twice(), torch.zeros(2, 10), torch.zeros(2), teacher=True)
-    assert memory == Memory(state=6 * 800, activations=2 * 40)
+    memory = training_memory(Twice(), torch.zeros(2, 10), torch.zeros(2), beside=50)
+    assert memory == Memory(state=5 * 800 + 50, activations=2 * 40)
     described = Memory(state=3 * 10**9, activations=10**8).describe(8)
     assert described.startswith(
         "3.80 GB: 3.00 for parameters and optimizer, 100.0 MB for each of 8"

@@ -20,6 +20,7 @@ from tdq_plugin.deploy import load_int8
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes import find_recipe
 from tdq_plugin.recipes.qat_methods import METHODS
+from tdq_plugin.recipes.qat_model import copy_weights
 from tdq_plugin.study.schema import METRICS, validate_report
 
 QAT = find_recipe("ddim-digits-qat")
@@ -147,8 +148,39 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tiny_pipeline: Path, tmp_pat
 
 def test_training_without_data(overrides: list[str]) -> None:
     settings = ["methods=[table_10]", "objective=data_free_distillation", "training.iterations=2"]
-    folder = QAT.run(QAT.configure([*overrides, *settings, "name=data-free"]))
+    settings += ["name=data-free", "scale_history=[0, 2, 50]"]
+    folder = QAT.run(QAT.configure([*overrides, *settings]))
     assert (folder / "report.html").is_file()
+    before, after = (
+        tdq.load_table(folder / "scales" / "table_10" / f"{step}.safetensors") for step in (0, 2)
+    )
+    assert len(before.timesteps) == len(after.timesteps) == 1000
+    assert not torch.equal(before.scales, after.scales)
+    assert len(list((folder / "scales" / "table_10").iterdir())) == 2
+
+
+def test_trained_weights_are_measured_with_other_steps(
+    finished: Path, overrides: list[str]
+) -> None:
+    settings = ["methods=[tdq_nipq]", "steps=2", f"trained={finished}", "name=fewer-steps"]
+    folder = QAT.run(QAT.configure([*overrides, *settings]))
+    copied, original = (
+        (run / "weights" / "tdq_nipq.safetensors").read_bytes() for run in (folder, finished)
+    )
+    assert copied == original
+    assert not (folder / "logs").exists()
+    table = tdq.load_table(folder / "tables" / "tdq_nipq.safetensors")
+    assert table.timesteps.tolist() == [0.0, 250.0, 500.0, 750.0]
+    rows = json.loads((folder / "report.json").read_text())["rows"]
+    assert [row.get("key") for row in rows] == [None, "tdq_nipq"]
+
+
+def test_only_weights_that_fit_are_taken(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no weights of 'lsq': .*lsq.safetensors does not"):
+        copy_weights(finished, "lsq", "W4A4", tmp_path / "x")
+    with pytest.raises(ConfigError, match=r"is a run with bits=W4A4, not W8A8\."):
+        copy_weights(finished, "dynamic", "W8A8", tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,69 @@
+"""Train the small latent diffusion model: a UNet2DModel on the latents of 32x32 MNIST digits."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline, UNet2DModel
+from torch import Tensor
+
+from tdq_plugin.errors import ConfigError
+from tdq_plugin.files import atomic_folder
+from tdq_plugin.recipes.digits import load_digits
+from tdq_plugin.recipes.float_model import FloatModel
+from tdq_plugin.recipes.pretraining import (
+    PretrainingConfig,
+    noise_loss,
+    picture_of_samples,
+    pretrain,
+    write_figures,
+)
+
+__all__ = ["LatentPretrainConfig", "run"]
+
+AUTOENCODER = Path(__file__).parent / "assets" / "ldm-digits" / "vqvae"
+
+
+class LatentPretrainConfig(PretrainingConfig):
+    """Configuration of `ldm-digits-pretrain`.
+
+    Attributes:
+        autoencoder: Folder of a trained AutoencoderKL, `model/` in the results of
+            `ldm-digits-autoencoder`.
+        unet: Arguments of `diffusers.UNet2DModel`.
+    """
+
+    autoencoder: Path = AUTOENCODER
+    unet: dict[str, Any]
+
+
+def run(config: LatentPretrainConfig) -> Path:
+    """Train, save `model/` (an LDMPipeline), `loss.png` and `samples.png`; return the folder."""
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    unet = UNet2DModel(**config.unet)
+    # Latents have no natural limits, so the sampler must not clip them.
+    scheduler = DDIMScheduler(num_train_timesteps=1000, clip_sample=False)
+    model = FloatModel(unet, scheduler, _load_autoencoder(config.autoencoder))
+    images, _ = load_digits(model.image_shape[1])
+    latents = torch.cat([model.encode(part) for part in images.split(500)])
+
+    def loss_of(generator: torch.Generator) -> Tensor:
+        index = torch.randint(len(latents), (config.batch_size,), generator=generator)
+        return noise_loss(unet, scheduler, latents[index], generator)
+
+    losses = pretrain(config, unet, loss_of)
+    with atomic_folder(config.run_folder / "model") as temporary:
+        LDMPipeline(model.autoencoder, unet, scheduler).save_pretrained(temporary)
+    samples = picture_of_samples(model, steps=20, seed=config.seed)
+    write_figures(config.run_folder, losses, samples=samples)
+    return config.run_folder
+
+
+def _load_autoencoder(folder: Path) -> AutoencoderKL:
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"autoencoder = {str(folder)!r} is no folder of a saved autoencoder. "
+            "Train one: tdq run ldm-digits-autoencoder."
+        )
+    return AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False)

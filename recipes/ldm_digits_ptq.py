@@ -1,0 +1,35 @@
+"""Quantize the digits LDM by each method, sample with the result, and write a report.
+
+What is decided here: the UNet is quantized on latents of the float model's own trajectories and
+its errors are those of latents; the autoencoder stays float, and images are what it decodes.
+"""
+
+from pathlib import Path
+
+from tdq_plugin.recipes.ptq_calibration import collect, observe
+from tdq_plugin.recipes.ptq_comparison import begin, measure, quantize
+from tdq_plugin.recipes.ptq_config import PTQConfig
+from tdq_plugin.recipes.ptq_quantize import Start
+from tdq_plugin.recipes.ptq_report import write_results
+
+__all__ = ["LatentPTQConfig", "run"]
+
+RECIPE = "ldm-digits-ptq"
+MODEL = Path(__file__).parent / "assets" / "ldm-digits"
+
+
+class LatentPTQConfig(PTQConfig):
+    """Configuration of `ldm-digits-ptq`."""
+
+    model: Path = MODEL
+
+
+def run(config: LatentPTQConfig) -> Path:
+    """Run or resume the recipe; return the folder with `report.html`, `report.json`, `model/`."""
+    run = begin(config)
+    data = collect(config.calibration, run.model, config.steps, config.seed)
+    quantized = run.framework.prepare(run.model.unet, data, config.widths)
+    start = Start(run.model, quantized, data, observe(quantized, data))
+    states = quantize(run, start)
+    measure(run, states)
+    return write_results(RECIPE, run, start, states)

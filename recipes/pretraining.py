@@ -1,0 +1,165 @@
+"""Train a float network from scratch: one loop with checkpoints, for all pretraining recipes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+from tqdm.auto import tqdm
+
+from tdq_plugin.errors import ConfigError
+from tdq_plugin.files import atomic_file
+from tdq_plugin.recipes.config import RecipeConfig
+from tdq_plugin.recipes.float_model import FloatModel
+from tdq_plugin.recipes.sampling import sample, scheduler_with
+from tdq_plugin.study.figures import loss_curve, sample_grid
+
+__all__ = ["PretrainingConfig", "noise_loss", "picture_of_samples", "pretrain", "write_figures"]
+
+
+class PretrainingConfig(RecipeConfig):
+    """What every pretraining recipe takes.
+
+    Attributes:
+        iterations: Optimizer steps.
+        batch_size: Images in a step.
+        learning_rate: Peak of the cosine schedule.
+        warmup: Steps until the peak.
+        ema_decay: Largest decay of the weight average that is saved.
+        checkpoint_every: Steps between checkpoints; a restart continues from the last one.
+    """
+
+    iterations: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    warmup: int = Field(ge=0)
+    ema_decay: float = Field(gt=0, lt=1)
+    checkpoint_every: int = Field(gt=0)
+
+
+class Training:
+    """Everything that a checkpoint has to restore."""
+
+    def __init__(self, config: PretrainingConfig, model: nn.Module) -> None:
+        self.config, self.model = config, model
+        self.average = EMAModel(
+            model.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75
+        )
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=True)
+        self.schedule = get_cosine_schedule_with_warmup(
+            self.optimizer, config.warmup, config.iterations
+        )
+        self.step = 0
+        self.losses: list[float] = []
+
+    def advance(self, loss_of: Callable[[torch.Generator], Tensor]) -> None:
+        """One optimizer step. Every draw is a function of (seed, step), so a restart is exact."""
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
+        loss = loss_of(generator)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.average.step(self.model.parameters())
+        self.losses.append(float(loss.detach()))
+        self.step += 1
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "config": json.dumps(self.config.model_dump(mode="json"), sort_keys=True),
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "step": self.step,
+            "losses": self.losses,
+        }
+
+    def save(self, path: Path) -> None:
+        with atomic_file(path) as temporary:
+            torch.save(self.state(), temporary)
+
+    def load(self, path: Path) -> None:
+        state = torch.load(path, weights_only=True)
+        if state["config"] != self.state()["config"]:
+            raise ConfigError(
+                f"{path} was written with another configuration: {state['config']}. "
+                "Choose another name=... or remove the run folder."
+            )
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.step, self.losses = state["step"], state["losses"]
+
+
+def pretrain(
+    config: PretrainingConfig, model: nn.Module, loss_of: Callable[[torch.Generator], Tensor]
+) -> list[float]:
+    """Train or go on training; the model ends in evaluation mode with averaged weights.
+
+    Args:
+        config: How; `checkpoint.pt` is in its run folder.
+        model: The network, initialised by the caller.
+        loss_of: Its loss on the batch that a generator draws.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        ConfigError: The checkpoint was written with another configuration.
+    """
+    checkpoint = config.run_folder / "checkpoint.pt"
+    training = Training(config, model)
+    if checkpoint.exists():
+        training.load(checkpoint)
+    progress = tqdm(total=config.iterations, initial=training.step, desc="pretrain", mininterval=10)
+    while training.step < config.iterations:
+        training.advance(loss_of)
+        progress.update()
+        if training.step % config.checkpoint_every == 0:
+            progress.set_postfix(loss=f"{mean(training.losses[-500:]):.4f}")
+            training.save(checkpoint)
+    progress.close()
+    training.average.copy_to(model.parameters())
+    model.eval()
+    return training.losses
+
+
+def noise_loss(
+    unet: UNet2DModel, scheduler: DDIMScheduler, clean: Tensor, generator: torch.Generator
+) -> Tensor:
+    """DDPM's loss (Ho et al., arXiv 2006.11239, eq. 14) of clean samples `(B, C, H, W)`."""
+    noise = torch.randn(clean.shape, generator=generator)
+    steps = scheduler.config.num_train_timesteps
+    timesteps = torch.randint(steps, (len(clean),), generator=generator)
+    noisy = scheduler.add_noise(clean, noise, timesteps)
+    return mse_loss(unet(noisy, timesteps, return_dict=False)[0], noise)
+
+
+def picture_of_samples(model: FloatModel, steps: int, seed: int) -> bytes:
+    """64 samples of a trained model as a PNG."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(64, *model.latent_shape, generator=generator)
+    scheduler = scheduler_with(model.scheduler, steps)
+    images = sample(model.denoise, scheduler, noise, decode=model.decode)
+    rows = {
+        f"samples {16 * row + 1} to {16 * row + 16}": images[16 * row :][:16] for row in range(4)
+    }
+    return sample_grid(rows, columns=16)
+
+
+def write_figures(folder: Path, losses: list[float], **pictures: bytes) -> None:
+    """Write `loss.png`, and PNG pictures by name."""
+    for name, png in {"loss": loss_curve(losses), **pictures}.items():
+        with atomic_file(folder / f"{name}.png") as temporary:
+            temporary.write_bytes(png)

@@ -1,0 +1,89 @@
+"""Calibration in the PTQ recipes: the float model's trajectories, and what a model sees on them."""
+
+from typing import Annotated
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+from tqdm.auto import tqdm
+
+import tdq_plugin as tdq
+from tdq_plugin.observe import Observation
+from tdq_plugin.recipes.config import Section
+from tdq_plugin.recipes.float_model import FloatModel
+from tdq_plugin.recipes.sampling import scheduler_with
+from tdq_plugin.reconstruct import CalibrationSet, TimestepDistribution, collect_trajectories
+
+__all__ = ["CalibrationSection", "collect", "observe"]
+
+SEEDS_APART = 2**20
+
+
+class CalibrationSection(Section):
+    """Calibration data: `images` trajectories of the float model, within `byte_budget`.
+
+    The images are divided among `shifts`: by how much of the distance between two steps the
+    timesteps of a trajectory are later than those of the sampler.
+    """
+
+    images: int = Field(gt=0)
+    shifts: list[Annotated[float, Field(ge=0, lt=1)]] = Field(min_length=1)
+    distribution: TimestepDistribution
+    byte_budget: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _enough_images(self) -> "CalibrationSection":
+        if self.images < len(self.shifts):
+            raise ValueError("fewer images than shifts")
+        return self
+
+
+def collect(
+    section: CalibrationSection, model: FloatModel, steps: int, seed: int, batch_size: int = 64
+) -> CalibrationSet:
+    """Follow the float model's sampler.
+
+    Args:
+        section: How many trajectories, at which timesteps.
+        model: The float model; the data end up on its device.
+        steps: Of the DDIM sampler.
+        seed: Of the noise.
+        batch_size: Trajectories followed together.
+    """
+    distance = model.scheduler.config.num_train_timesteps / steps
+    groups = len(section.shifts)
+    parts = []
+    with tqdm(desc="calibration data", unit="call") as progress:
+        for index, shift in enumerate(section.shifts):
+            finished = progress.n
+
+            def show(done: int, total: int, finished: int = finished) -> None:
+                progress.total = groups * total
+                progress.update(finished + done - progress.n)
+
+            parts.append(
+                collect_trajectories(
+                    model.denoise,
+                    scheduler_with(model.scheduler, steps, offset=int(shift * distance)),
+                    model.latent_shape,
+                    images=section.images // groups,
+                    distribution=section.distribution,
+                    byte_budget=section.byte_budget // groups,
+                    batch_size=batch_size,
+                    seed=seed + index * SEEDS_APART,
+                    progress=show,
+                )
+            )
+    device = model.unet.device
+    return CalibrationSet(
+        torch.cat([part.samples for part in parts]).to(device),
+        torch.cat([part.timesteps for part in parts]).to(device),
+    )
+
+
+def observe(
+    model: nn.Module, data: CalibrationSet, batch_size: int = 128
+) -> dict[str, Observation]:
+    """Watch the inputs of the quantizers while the model runs on the data, in float."""
+    shown = tqdm(list(data.batches(batch_size)), desc="observe ranges", unit="batch")
+    return tdq.calibrate(model, shown, warm_start=False)

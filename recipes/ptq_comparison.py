@@ -1,0 +1,115 @@
+"""Stages of the PTQ recipes that compare methods: how a run starts, its scales, its rows."""
+
+from dataclasses import dataclass
+
+import torch
+from tqdm.auto import tqdm
+
+from tdq_plugin.fit_correction import fit_output_correction
+from tdq_plugin.output_correction import CorrectedDenoiser, OutputCorrection
+from tdq_plugin.recipes.digits_evaluation import make_evaluator
+from tdq_plugin.recipes.evaluation import Evaluator
+from tdq_plugin.recipes.float_model import FloatModel, load_float_model
+from tdq_plugin.recipes.frameworks import Framework, load_framework
+from tdq_plugin.recipes.method_states import MethodStates
+from tdq_plugin.recipes.ptq_config import PTQConfig
+from tdq_plugin.recipes.ptq_methods import METHODS
+from tdq_plugin.recipes.ptq_quantize import Start, quantize_method
+from tdq_plugin.recipes.run_state import RunState
+from tdq_plugin.recipes.sampling import Denoiser
+
+__all__ = ["ComparisonRun", "begin", "measure", "quantize"]
+
+# Apart from the seeds of the calibration data.
+CORRECTION_SEED = 2**30
+
+
+@dataclass(frozen=True)
+class ComparisonRun:
+    """A run that has started.
+
+    Attributes:
+        config: Of the recipe.
+        framework: The quantization framework.
+        model: The float model.
+        state: What is finished so far.
+        evaluator: What every method is measured on.
+    """
+
+    config: PTQConfig
+    framework: Framework
+    model: FloatModel
+    state: RunState
+    evaluator: Evaluator
+
+
+def begin(config: PTQConfig) -> ComparisonRun:
+    """Load the float model and draw its images, or resume a run."""
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    framework = load_framework(config.adapter)
+    config.learns_rounding(framework)
+    model = load_float_model(config.model)
+    state = RunState(config.run_folder, config.model_dump(mode="json"))
+    evaluator = make_evaluator(
+        config.evaluation, config.steps, model, config.model, config.output / "float-images"
+    )
+    return ComparisonRun(config, framework, model, state, evaluator)
+
+
+def quantize(run: ComparisonRun, start: Start) -> MethodStates:
+    """Give every method its scales, and keep them."""
+    states = MethodStates(run.state, start.quantized)
+    for name in run.config.methods:
+        if not states.finished(name):
+            states.reset()
+            training = run.config.training_of(name, run.framework)
+            bank = quantize_method(start, name, training, run.state.checkpoint_path(name))
+            states.save(name, bank, run.evaluator.timesteps)
+    return states
+
+
+def measure(run: ComparisonRun, states: MethodStates) -> None:
+    """Measure every row of the report, and keep it."""
+    framework = run.framework
+    for name in run.config.int8_methods:
+        if run.state.result(name, framework.execution) is None:
+            denoiser = framework.deploy(states.load(name))
+            _measure(run, name, framework.execution, denoiser)
+    for name in run.config.fake_methods:
+        if run.state.result(name, "fake") is None:
+            denoiser = framework.simulate(states.load(name))
+            _measure(run, name, "fake", denoiser)
+    for name in run.config.correction.methods:
+        row = f"{name}_corrected"
+        if run.state.result(row, framework.execution) is None:
+            denoiser = framework.deploy(states.load(name))
+            corrected = CorrectedDenoiser(denoiser, _correction(run, name, denoiser))
+            _measure(run, row, framework.execution, corrected, only_sampler=True)
+
+
+def _correction(run: ComparisonRun, name: str, denoiser: Denoiser) -> OutputCorrection:
+    """Fitted on noise of its own, and kept: it belongs to the deployed model."""
+    generator = torch.Generator().manual_seed(run.config.seed + CORRECTION_SEED)
+    images = run.config.correction.images
+    noise = torch.randn(images, *run.model.latent_shape, generator=generator)
+    title = f"{METHODS[name].title}: output correction"
+    with tqdm(desc=title, total=run.config.steps, unit="step") as progress:
+        correction = fit_output_correction(
+            denoiser,
+            run.model.denoise,
+            run.evaluator.scheduler,
+            noise,
+            progress=lambda done, total: progress.update(done - progress.n),
+        )
+    correction.save(run.state.correction_path(name))
+    return correction
+
+
+def _measure(
+    run: ComparisonRun, name: str, execution: str, denoiser: Denoiser, only_sampler: bool = False
+) -> None:
+    title = f"{run.config.rows[name]}, {execution}: images"
+    with tqdm(total=run.config.evaluation.samples, desc=title, unit="image") as progress:
+        result = run.evaluator.evaluate(denoiser, progress.update, only_sampler)
+        run.state.save_result(name, result, execution)

@@ -1,0 +1,103 @@
+"""Configuration of the PTQ recipes for models of full size."""
+
+from pathlib import Path
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from tdq_plugin.recipes.bits import Bits
+from tdq_plugin.recipes.config import RecipeConfig, filled_in
+from tdq_plugin.recipes.frameworks import FrameworkName
+from tdq_plugin.recipes.image_data import ImageSection
+from tdq_plugin.recipes.ptq_calibration import CalibrationSection
+from tdq_plugin.recipes.ptq_methods import METHODS, covers_trained_methods, known_methods
+from tdq_plugin.recipes.ptq_training import (
+    MethodTraining,
+    ReconstructionSection,
+    TrainingSection,
+)
+from tdq_plugin.recipes.ptq_weights import WeightChoice
+from tdq_plugin.recipes.sample_evaluation import SampleEvaluationSection
+
+__all__ = ["FullSizePTQConfig"]
+
+
+class FullSizePTQConfig(RecipeConfig):
+    """Methods on a model of full size, judged by many samples.
+
+    Attributes:
+        adapter: The quantization framework.
+        model: Folder of a saved diffusers pipeline with a UNet2DModel, or a hub repository.
+        attention_heads: Of every attention, see `float_model.set_attention_heads`; null: as the
+            pipeline's own configuration has them.
+        bits: Bits of weights and activations, for example `W8A5`; the first and last layer keep 8.
+        methods: Rows of the result: some of `tdq_plugin.recipes.ptq_methods.METHODS`.
+        weights: Scales of the weights, per output channel: `minmax` covers every weight, `mse` has
+            the least squared error; `adaround` is `mse` with a rounding that trained methods learn
+            together with their scales; `native` is what the framework does itself.
+        batch_size: Samples in a call of the model that trains nothing.
+        data: Real images.
+        calibration: Trajectories of the float model, by the sampler of the evaluation.
+        reconstruction: How scales are trained.
+        training: What is tuned for each trained method.
+        evaluation: How the methods are judged.
+    """
+
+    adapter: FrameworkName
+    model: str
+    attention_heads: int | None = Field(None, gt=0)
+    bits: str = Field(pattern=r"^W[2-8]A[2-8]$")
+    methods: list[str] = Field(min_length=1)
+    weights: WeightChoice
+    batch_size: int = Field(gt=0)
+    data: ImageSection
+    calibration: CalibrationSection
+    reconstruction: ReconstructionSection
+    training: dict[str, TrainingSection]
+    evaluation: SampleEvaluationSection
+
+    @field_validator("methods", "training")
+    @classmethod
+    def _known_methods(cls, names: list[str]) -> list[str]:
+        return known_methods(names)
+
+    @field_validator("weights")
+    @classmethod
+    def _something_learns(cls, weights: WeightChoice, info: ValidationInfo) -> WeightChoice:
+        methods = info.data.get("methods", [])
+        if weights == "adaround" and not any(METHODS[name].trained for name in methods):
+            raise ValueError(f"none of {methods} is trained, so no rounding would be learned")
+        return weights
+
+    @field_validator("training")
+    @classmethod
+    def _cover_trained_methods(
+        cls, training: dict[str, TrainingSection], info: ValidationInfo
+    ) -> dict[str, TrainingSection]:
+        return covers_trained_methods(training, info.data.get("methods", []))
+
+    @field_validator("evaluation")
+    @classmethod
+    def _other_noise(
+        cls, evaluation: SampleEvaluationSection, info: ValidationInfo
+    ) -> SampleEvaluationSection:
+        if evaluation.seed == info.data.get("seed"):
+            raise ValueError("with the same seed, calibration would see the noise of the test")
+        return evaluation
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the results go; `{adapter}`, `{bits}`, `{weights}` and `{seed}` are filled in."""
+        filled = self.model_dump(include={"adapter", "bits", "weights", "seed"})
+        return self.output / filled_in(self.name, **filled)
+
+    @property
+    def widths(self) -> Bits:
+        """The bits as numbers."""
+        return Bits(int(self.bits[1]), int(self.bits[3]))
+
+    def training_of(self, method: str) -> MethodTraining | None:
+        """How a method is trained; None for those that are not."""
+        if not METHODS[method].trained:
+            return None
+        learn_rounding = self.weights == "adaround"
+        return self.reconstruction.of(self.training[method], learn_rounding, self.seed)

@@ -1,0 +1,158 @@
+"""Configuration of the QAT recipes: what all share, many methods compared, one in full size."""
+
+from pathlib import Path
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, ValidationInfo, field_validator
+
+from tdq_plugin.recipes.bits import Bits
+from tdq_plugin.recipes.config import RecipeConfig, Section, filled_in
+from tdq_plugin.recipes.digits_evaluation import EvaluationSection
+from tdq_plugin.recipes.image_data import DataSection
+from tdq_plugin.recipes.objectives import ObjectiveName, WeightingName
+from tdq_plugin.recipes.qat_methods import METHODS
+from tdq_plugin.recipes.sample_evaluation import SampleEvaluationSection
+from tdq_plugin.recipes.training import TrainingSection
+from tdq_plugin.recipes.training_log import Tracker
+
+__all__ = ["ComparisonConfig", "FullSizeConfig", "QATConfig"]
+
+
+class QATConfig(RecipeConfig):
+    """What every QAT recipe takes.
+
+    Attributes:
+        model: Folder of a saved diffusers pipeline with a UNet2DModel, or a hub repository.
+        bits: Bits of weights and activations, for example `W4A4`.
+        objective: `noise` (the training loss of diffusion models on data, the paper's choice),
+            `distillation` (the float model's output on noised data), or `data_free_distillation`
+            (on its own trajectories).
+        weighting: Of the timesteps in the loss, see `objectives.weighting_of`.
+        absolute_error: Mean absolute instead of squared error.
+        data: Training images.
+        training: How weights and scales are trained.
+        trackers: Accelerate's trackers, beside the JSON lines.
+    """
+
+    model: str
+    bits: str = Field(pattern=r"^W[2-8]A[2-8]$")
+    objective: ObjectiveName
+    weighting: WeightingName
+    absolute_error: bool = False
+    data: DataSection
+    training: TrainingSection
+    trackers: list[Tracker]
+
+    @property
+    def widths(self) -> Bits:
+        """The bits as numbers."""
+        return Bits(int(self.bits[1]), int(self.bits[3]))
+
+
+class TrajectorySection(Section):
+    """Trajectories of the float model that set the first scales."""
+
+    images: int = Field(gt=0)
+    byte_budget: int = Field(gt=0)
+
+
+class ComparisonConfig(QATConfig):
+    """Many methods side by side, on one model that is small; its outer layers keep 8 bits.
+
+    Attributes:
+        steps: Steps of the DDIM sampler; calibration uses the same.
+        methods: Rows of the report.
+        calibration: Where the first scales come from.
+        scale_learning_rates: Of each method's scale bank.
+        evaluation: What the methods are measured on.
+        trained: Folder of another run of the recipe: its weights are measured, none are trained.
+        scale_history: Training steps whose scales over t are kept, in `scales/METHOD/STEP`.
+    """
+
+    steps: int = Field(ge=2, le=500)
+    methods: list[str] = Field(min_length=1)
+    calibration: TrajectorySection
+    scale_learning_rates: dict[str, PositiveFloat]
+    evaluation: EvaluationSection
+    trained: Path | None = None
+    scale_history: list[NonNegativeInt] = Field(default=[])
+
+    @field_validator("methods", "scale_learning_rates")
+    @classmethod
+    def _known_methods(cls, names: list[str]) -> list[str]:
+        unknown = sorted(set(names) - set(METHODS))
+        if unknown:
+            raise ValueError(f"{unknown} are no methods; choose from {list(METHODS)}")
+        return names
+
+    @field_validator("scale_learning_rates")
+    @classmethod
+    def _cover_methods(cls, rates: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+        missing = sorted(set(info.data.get("methods", [])) - set(rates))
+        if missing:
+            raise ValueError(f"{missing} have no learning rate")
+        return rates
+
+    @field_validator("evaluation")
+    @classmethod
+    def _other_noise(cls, evaluation: EvaluationSection, info: ValidationInfo) -> EvaluationSection:
+        if evaluation.seed == info.data.get("seed"):
+            raise ValueError("with the same seed, calibration would see the noise of the test")
+        return evaluation
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the results go; `{bits}`, `{steps}` and `{seed}` are filled in."""
+        filled = self.model_dump(include={"bits", "steps", "seed"})
+        return self.output / filled_in(self.name, **filled)
+
+
+class NoisedImagesSection(Section):
+    """Noised images at random timesteps that set the first scales."""
+
+    batches: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+
+
+class ValidationSection(Section):
+    """Validate `every` so many steps on `batches` batches, and keep the `keep` best weights."""
+
+    every: int = Field(gt=0)
+    batches: int = Field(gt=0)
+    keep: int = Field(gt=0)
+
+
+class FullSizeConfig(QATConfig):
+    """One method on a model of full size, judged by many samples.
+
+    Attributes:
+        method: One of `tdq_plugin.recipes.qat_methods.METHODS`.
+        float_layers: Layers that stay float besides those that see the timestep only.
+        dropout: Of the residual blocks during training.
+        trajectories: Of the float model, for `data_free_distillation`.
+        calibration: Where the first scales come from.
+        scale_learning_rate: Of the scale bank.
+        validation: When to validate, and how many weights to keep.
+        evaluation: How the kept weights are judged.
+    """
+
+    method: str
+    float_layers: list[str]
+    dropout: float = Field(ge=0, lt=1)
+    trajectories: int = Field(gt=0)
+    calibration: NoisedImagesSection
+    scale_learning_rate: PositiveFloat
+    validation: ValidationSection
+    evaluation: SampleEvaluationSection
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, name: str) -> str:
+        if name not in METHODS:
+            raise ValueError(f"is no method; choose from {list(METHODS)}")
+        return name
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the results go; `{method}`, `{bits}` and `{seed}` are filled in."""
+        filled = self.model_dump(include={"method", "bits", "seed"})
+        return self.output / filled_in(self.name, **filled)

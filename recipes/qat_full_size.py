@@ -1,0 +1,182 @@
+"""Stages of the QAT recipes of full size: train one method, keep the best weights, judge them."""
+
+import json
+from typing import Any
+
+import torch
+from torch import fx
+from tqdm.auto import tqdm
+
+import tdq_plugin as tdq
+from tdq_plugin.files import atomic_file
+from tdq_plugin.recipes.best_checkpoints import BestCheckpoints
+from tdq_plugin.recipes.float_model import FloatModel, set_dropout
+from tdq_plugin.recipes.image_data import Images, load_images
+from tdq_plugin.recipes.image_quality import FEATURE_SPACES, missing_packages
+from tdq_plugin.recipes.objectives import NoisedImages, Objective
+from tdq_plugin.recipes.plan import Plan, training_memory
+from tdq_plugin.recipes.qat_config import FullSizeConfig
+from tdq_plugin.recipes.qat_methods import METHODS, apply_method, calibrate_bank
+from tdq_plugin.recipes.qat_model import frozen, load_weights, prepare, save_integer_model
+from tdq_plugin.recipes.qat_stages import QATRun, make_objective, train
+from tdq_plugin.recipes.sample_evaluation import SampleEvaluation
+from tdq_plugin.recipes.sample_rows import SampleRows
+from tdq_plugin.recipes.sampling import Denoiser, scheduler_with
+from tdq_plugin.recipes.training import Training
+from tdq_plugin.recipes.training_log import TrainingLog
+from tdq_plugin.reconstruct import collect_trajectories
+
+__all__ = ["judge_best", "plan_of", "prepare_method", "train_best"]
+
+
+def prepare_method(config: FullSizeConfig, model: FloatModel) -> fx.GraphModule:
+    """A copy of the UNet with quantizers; all layers have the same bits, or stay float."""
+    set_dropout(model.unet, config.dropout)
+    layers = tuple(config.float_layers)
+    quantized = prepare(model.unet, config.widths, layers, first_last_bits=None)
+    apply_method(quantized, METHODS[config.method])
+    return quantized
+
+
+def plan_of(
+    recipe: str, config: FullSizeConfig, model: FloatModel, quantized: fx.GraphModule
+) -> Plan:
+    """Check the data, and say what a run would do."""
+    training, held_out = load_images(config.data, model.image_shape)
+    training[torch.arange(1)]  # Can it be read?
+    points = (torch.zeros(2, *model.latent_shape), torch.zeros(2))
+    tdq.calibrate(quantized, [points], samples=16, warm_start=False)
+    memory = training_memory(quantized, *points, beside=model.size_in_bytes)
+    calls = config.evaluation.steps * config.evaluation.samples * (1 + config.validation.keep)
+    missing = missing_packages(config.evaluation.features)
+    lines = {
+        "model": f"{config.model}, {model.describe()}",
+        "method": f"{METHODS[config.method].title}, {config.bits}, "
+        f"{len(tdq.scale_bank(quantized).names)} activation quantizers",
+        "data": f"{len(training):,} images and {len(held_out):,} for validation",
+        "steps": f"{config.training.iterations:,} in batches of {config.training.batch_size}, "
+        f"objective {config.objective}",
+        "memory": memory.describe(config.training.batch_size),
+        "evaluation": f"{config.evaluation.samples:,} images by {config.evaluation.steps} DDIM "
+        f"steps of the float model and {config.validation.keep} trained ones, "
+        f"{calls:,} denoised images",
+        "features": FEATURE_SPACES[config.evaluation.features],
+        "installed": f"missing: {', '.join(missing)}; the run would stop" if missing else "yes",
+        "results": str(config.run_folder),
+    }
+    return Plan(f"tdq run {recipe}", lines)
+
+
+def train_best(
+    run: QATRun[FullSizeConfig],
+    quantized: fx.GraphModule,
+    training_images: Images,
+    held_out: Images,
+    best: BestCheckpoints,
+) -> None:
+    """Train, or go on with it; the weights of the lowest validation losses are kept."""
+    config, accelerator = run.config, run.accelerator
+    training = Training(
+        quantized,
+        accelerator,
+        config.training,
+        config.scale_learning_rate,
+        config.model_dump(mode="json", exclude={"output", "evaluation", "trackers"}),
+        config.seed,
+    )
+    checkpoint = run.state.folder / "checkpoint.pt"
+    if not training.resume(checkpoint):
+        _calibrate(run, quantized, training_images)
+    log = TrainingLog(run.state.folder / "log.jsonl", accelerator, training.step)
+    validation = make_objective(config, run.model, held_out, None, config.seed + 2, flip=False)
+    for step in train(training, _objective(run, training_images), log, "training"):
+        last = step == config.training.iterations
+        if last or step % config.validation.every == 0:
+            loss = training.validation_loss(validation, config.validation.batches)
+            log.write(step, validation_loss=loss)
+            with training.averaged() as averaged:
+                if accelerator.is_main_process:
+                    best.add(averaged, step, loss)
+        if last or step % config.training.checkpoint_every == 0:
+            training.save(checkpoint)
+    training.finish()
+    accelerator.wait_for_everyone()
+
+
+def _calibrate(run: QATRun[FullSizeConfig], quantized: fx.GraphModule, images: Images) -> None:
+    section, device = run.config.calibration, run.accelerator.device
+    inputs = NoisedImages(
+        images,
+        run.model.scheduler,
+        section.batch_size,
+        run.config.seed + 1,
+        encode=run.model.encode,
+    )
+    drawn = (inputs.draw(step, slice(None)) for step in range(section.batches))
+    batches = ((batch.samples.to(device), batch.timesteps.to(device)) for batch in drawn)
+    shown = tqdm(
+        batches,
+        desc="observe ranges",
+        total=section.batches,
+        disable=not run.accelerator.is_main_process,
+    )
+    observations = tdq.calibrate(quantized.eval(), shown, warm_start=False)
+    calibrate_bank(quantized, METHODS[run.config.method], observations)
+
+
+def _objective(run: QATRun[FullSizeConfig], images: Images) -> Objective:
+    config, points = run.config, None
+    if config.objective == "data_free_distillation":
+        points = collect_trajectories(
+            run.model.denoise,
+            scheduler_with(run.model.scheduler, config.evaluation.steps),
+            run.model.latent_shape,
+            config.trajectories,
+            seed=config.seed,
+        )
+    return make_objective(config, run.model, images, points, config.seed, config.data.flip)
+
+
+def judge_best(
+    recipe: str,
+    run: QATRun[FullSizeConfig],
+    quantized: fx.GraphModule,
+    images: Images,
+    best: BestCheckpoints,
+) -> None:
+    """Judge the float model and the kept weights; what is done already is read."""
+    config, folder = run.config, run.state.folder
+    evaluation = SampleEvaluation(config.evaluation, run.accelerator, run.model, images)
+    rows = [_row(run, "float32", evaluation, run.model.denoise)]
+    for step, loss in best.losses().items():
+        load_weights(quantized, best.path(step))
+        with frozen(quantized, evaluation.scheduler) as model:
+            row = _row(run, f"step-{step:07d}", evaluation, model)
+        rows.append(row | {"validation_loss": loss})
+    if run.accelerator.is_main_process:
+        load_weights(quantized, best.path(next(iter(best.losses()))))
+        save_integer_model(
+            folder / "model", quantized, run.model.unet, evaluation.scheduler, recipe
+        )
+        results = {
+            "recipe": recipe,
+            "method": METHODS[config.method].title,
+            "bits": config.bits,
+            "samples": config.evaluation.samples,
+            "steps": config.evaluation.steps,
+            "feature_space": FEATURE_SPACES[config.evaluation.features],
+            "rows": rows,
+        }
+        with atomic_file(folder / "results.json") as temporary:
+            temporary.write_text(json.dumps(results, indent=2))
+    run.accelerator.wait_for_everyone()
+
+
+def _row(
+    run: QATRun[FullSizeConfig], name: str, evaluation: SampleEvaluation, denoiser: Denoiser
+) -> dict[str, Any]:
+    rows = SampleRows(run.state.folder / "rows")
+    run.accelerator.wait_for_everyone()
+    if rows.missing([name]):
+        rows.measure(name, denoiser, evaluation)
+    return {"model": name, **rows.row(name)}
