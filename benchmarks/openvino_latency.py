@@ -3,8 +3,8 @@
     python benchmarks/openvino_latency.py --adapter torch_ao --batch 1 4 --threads 1 2
 
 Weights are random: the time does not depend on them. Numbers are medians of paired ratios, with
-quartiles. float32 is the plain UNet. Without a precision hint, OpenVINO computes what is not int8 in
-bfloat16 on CPUs that have it.
+quartiles. float32 is the plain UNet. Without a precision hint, OpenVINO computes what is not int8
+in bfloat16 on CPUs that have it.
 """
 
 import argparse

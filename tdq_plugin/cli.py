@@ -17,6 +17,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"The tdq command needs {error.name}. Install it: pip install 'tdq-plugin[recipes]'")
 
 from tdq_plugin.export_cli import export
+from tdq_plugin.study_cli import study
 
 if TYPE_CHECKING:
     from tdq_plugin.table import ScaleTable
@@ -45,6 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(export, name="export")
+app.command()(study)
 
 
 def main() -> None:

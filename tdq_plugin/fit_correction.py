@@ -25,16 +25,16 @@ def fit_output_correction(
 
     Both sample from the same noise. Errors of a quantized model add up along its own trajectory,
     which a correction fitted on the reference's trajectory (as PTQD, arXiv 2305.10657, fits the
-    mean of the quantization noise) does not see. Each mean is shrunken by the share of it that is
-    the chance of N samples: late steps, where a small shift of the sample is a large one of the
-    noise, are hardly touched.
+    mean of the quantization noise) does not see. Each pixel's mean is reduced by the share of its
+    square that N samples give by chance: late steps, where a small shift of the sample is a large
+    one of the noise, are hardly touched.
 
     Args:
         model: The quantized denoiser.
         reference: The float denoiser.
         scheduler: A diffusers scheduler of single steps whose timesteps are set, deterministic
             and without clipping, such as `DDIMScheduler(clip_sample=False)`.
-        noise: Starting noise, shape `(N, C, H, W)`; 512 samples and more find small shifts.
+        noise: Starting noise, shape `(N, C, H, W)`; 1,024 samples and more find small shifts.
         batch_size: Samples in one call of the models.
         progress: Called with the number of finished and of all steps.
 
@@ -70,10 +70,10 @@ def _advance(
 
 
 def _shrunken_mean(differences: Tensor) -> Tensor:
-    """Mean over samples, times the positive part of the James-Stein factor."""
+    """Mean over samples; each pixel's is reduced by the share of its square that is chance."""
     mean = differences.mean(0)
-    chance = differences.var(0).sum() / len(differences)
-    return mean * (1 - chance / mean.square().sum().clamp(min=1e-30)).clamp(min=0)
+    chance = differences.var(0) / len(differences)
+    return mean * (1 - chance / mean.square().clamp(min=1e-30)).clamp(min=0)
 
 
 def _slope(scheduler: Any, timestep: Tensor, noise: Tensor) -> float:

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from tdq_plugin.errors import CalibrationError
 
-__all__ = ["CalibrationSet", "TimestepDistribution", "collect_trajectories", "first_tensor"]
+__all__ = [
+    "CalibrationSet",
+    "TimestepDistribution",
+    "collect_trajectories",
+    "first_tensor",
+    "samples_per_step",
+]
 
 TimestepDistribution = Literal["uniform", "normal"]
 
@@ -70,24 +76,24 @@ def collect_trajectories(
         CalibrationError: The budget does not hold one sample per timestep.
     """
     steps = list(scheduler.timesteps)
-    counts = _counts(len(steps), images, distribution, sample_shape, byte_budget)
+    counts = samples_per_step(len(steps), images, distribution, sample_shape, byte_budget)
     generator = torch.Generator().manual_seed(seed)
-    kept: list[list[Tensor]] = [[] for _ in steps]
-    batches = [min(batch_size, images - start) for start in range(0, images, batch_size)]
-    for batch_index, size in enumerate(batches):
-        samples = torch.randn(size, *sample_shape, generator=generator)
+    sizes = [min(batch_size, images - start) for start in range(0, images, batch_size)]
+    starts = [torch.randn(size, *sample_shape, generator=generator) for size in sizes]
+    # Chosen beforehand, so that no more than the budget is ever held.
+    wanted = [torch.randperm(images, generator=generator)[:count] for count in counts]
+    kept = [torch.empty(count, *sample_shape) for count in counts]
+    for batch, samples in enumerate(starts):
         for index, timestep in enumerate(steps):
-            kept[index].append(samples)
+            row = wanted[index] - batch * batch_size
+            inside = (row >= 0) & (row < len(samples))
+            kept[index][inside] = samples[row[inside]]
             noise = first_tensor(model(samples, timestep))
             samples = scheduler.step(noise, timestep, samples).prev_sample
             if progress is not None:
-                progress(batch_index * len(steps) + index + 1, len(batches) * len(steps))
-    chosen = [
-        torch.cat(parts)[torch.randperm(images, generator=generator)[:count]]
-        for parts, count in zip(kept, counts, strict=True)
-    ]
-    timesteps = [torch.full((len(c),), float(t)) for c, t in zip(chosen, steps, strict=True)]
-    return CalibrationSet(torch.cat(chosen), torch.cat(timesteps))
+                progress(batch * len(steps) + index + 1, len(starts) * len(steps))
+    timesteps = [torch.full((len(c),), float(t)) for c, t in zip(kept, steps, strict=True)]
+    return CalibrationSet(torch.cat(kept), torch.cat(timesteps))
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -96,14 +102,22 @@ def first_tensor(output: Any) -> Tensor:
     return tensor
 
 
-def _counts(
+def samples_per_step(
     steps: int,
     images: int,
     distribution: TimestepDistribution,
     sample_shape: tuple[int, ...],
     byte_budget: int,
 ) -> list[int]:
-    """How many samples to keep at each step, first step (pure noise) first."""
+    """How many samples `collect_trajectories` keeps at each step, pure noise first.
+
+    Raises:
+        CalibrationError: The budget does not hold one sample per timestep.
+
+    Example:
+        >>> samples_per_step(3, 256, "uniform", (3, 32, 32), byte_budget=2**20)
+        [28, 28, 28]
+    """
     affordable = byte_budget // (torch.Size(sample_shape).numel() * 4)
     if affordable < steps:
         raise CalibrationError(

@@ -37,7 +37,8 @@ class TemporalDynamics:
         timesteps: Number of timesteps T.
         std_ratio: Movement of the standard deviation.
         range_ratio: Movement of the range.
-        share_correlated_0_5: Share of layers whose std and t have a |Pearson r| over 0.5.
+        correlation: |Pearson r| of t and the standard deviation of every layer.
+        share_correlated_0_5: Share of layers where it is over 0.5.
         share_correlated_0_7: The same over 0.7.
     """
 
@@ -45,6 +46,7 @@ class TemporalDynamics:
     timesteps: int
     std_ratio: RatioSummary
     range_ratio: RatioSummary
+    correlation: tuple[float, ...]
     share_correlated_0_5: float
     share_correlated_0_7: float
 
@@ -85,6 +87,7 @@ def temporal_dynamics(timesteps: Tensor, std: Tensor, ranges: Tensor) -> Tempora
         timesteps=len(timesteps),
         std_ratio=_ratio(std),
         range_ratio=_ratio(ranges),
+        correlation=tuple(correlation.tolist()),
         share_correlated_0_5=(correlation > 0.5).double().mean().item(),
         share_correlated_0_7=(correlation > 0.7).double().mean().item(),
     )

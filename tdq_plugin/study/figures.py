@@ -1,61 +1,24 @@
-"""The figures of a study, as PNG bytes.
+"""The figures of a report, as PNG bytes."""
 
-Figures are drawn without pyplot, so no backend is chosen and nothing global is left behind.
-"""
-
-import io
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tdq_plugin.errors import ConfigError
+from tdq_plugin.study.canvas import (
+    INK,
+    KNOWN_COLOURS,
+    MUTED,
+    TIMESTEP_LABEL,
+    method_colours,
+    png,
+    shorten,
+    subplots,
+)
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-__all__ = ["error_over_timesteps", "loss_curve", "method_colours", "sample_grid", "scale_curves"]
-
-# Okabe and Ito's palette: distinguishable with the common colour vision deficiencies.
-KNOWN_COLOURS = {
-    "TDQ": "#0072b2",
-    "static LSQ": "#d55e00",
-    "MinMax": "#8c564b",
-    "learned table": "#009e73",
-    "dynamic": "#cc79a7",
-    "static MSE": "#e69f00",
-    "per-timestep MinMax": "#56b4e9",
-}
-SPARE_COLOURS = ("#6a3d9a", "#117733", "#882255", "#ddaa33", "#332288")
-INK, MUTED, GRID = "#1f2933", "#5b6470", "#e3e7ec"
-STYLE: Any = {
-    "font.size": 10,
-    "font.family": "DejaVu Sans",
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": "#b8c0ca",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-}
-TIMESTEP_LABEL = "timestep t  (0: image, high: noise)"
-
-
-def method_colours(methods: Iterable[str]) -> dict[str, str]:
-    """Give every method a colour of its own, the same one in every figure if it is well known.
-
-    Example:
-        >>> method_colours(["TDQ", "mine"])
-        {'TDQ': '#0072b2', 'mine': '#6a3d9a'}
-    """
-    spare = iter(SPARE_COLOURS * 4)
-    return {method: KNOWN_COLOURS.get(method) or next(spare) for method in methods}
+__all__ = ["error_over_timesteps", "loss_curve", "sample_grid", "scale_curves"]
 
 
 def sample_grid(samples: Mapping[str, Tensor], columns: int = 12) -> bytes:
@@ -75,7 +38,7 @@ def sample_grid(samples: Mapping[str, Tensor], columns: int = 12) -> bytes:
         raise ConfigError(f"A sample grid needs images of one size, got {sizes}.")
     picture = torch.cat(rows).repeat_interleave(4, 0).repeat_interleave(4, 1)
     height, width = picture.shape[0] / len(rows), picture.shape[1] / columns
-    figure, (axes,) = _subplots(1, 1, 1.3 + 0.62 * columns, 0.35 + 0.62 * len(rows))
+    figure, (axes,) = subplots(1, 1, 1.3 + 0.62 * columns, 0.35 + 0.62 * len(rows))
     axes.imshow(picture.numpy(), interpolation="nearest", aspect="equal")
     axes.set_yticks([(row + 0.5) * height for row in range(len(rows))], list(samples))
     numbers = [str(column + 1) for column in range(columns)]
@@ -85,7 +48,7 @@ def sample_grid(samples: Mapping[str, Tensor], columns: int = 12) -> bytes:
     axes.tick_params(axis="x", labelcolor=MUTED, labelsize=8)
     axes.grid(False)
     axes.spines[:].set_visible(False)
-    return _png(figure)
+    return png(figure)
 
 
 def _row_of_images(name: str, images: Tensor, columns: int) -> Tensor:
@@ -123,7 +86,7 @@ def scale_curves(
     shown = movement.argsort(descending=True)[:layers].tolist()
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
-    figure, panels = _subplots(rows, columns, 3.4 * columns, 0.6 + 2.3 * rows)
+    figure, panels = subplots(rows, columns, 3.4 * columns, 0.6 + 2.3 * rows)
     order = timesteps.argsort()
     for axes, layer in zip(panels, shown, strict=False):
         observed = observed_scales[:, layer].tolist()
@@ -133,7 +96,7 @@ def scale_curves(
         )
         learned = scales[order, layer].tolist()
         axes.plot(timesteps[order].tolist(), learned, color=KNOWN_COLOURS["TDQ"], lw=2)
-        axes.set_title(f"{_shorten(names[layer])}   ×{movement[layer]:.2f}", loc="left", fontsize=9)
+        axes.set_title(f"{shorten(names[layer])}   ×{movement[layer]:.2f}", loc="left", fontsize=9)
         axes.set_ylim(bottom=0)
         axes.tick_params(labelsize=8)
     for axes in panels[len(shown) :]:
@@ -142,7 +105,7 @@ def scale_curves(
     figure.supylabel("activation scale", fontsize=10, color=INK)
     labels = ["from observed range", "static", "learned s(t)"]
     figure.legend(panels[0].lines, labels, loc="outside upper center", ncols=3, frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def loss_curve(losses: Sequence[float], smoothing: int = 100) -> bytes:
@@ -152,7 +115,7 @@ def loss_curve(losses: Sequence[float], smoothing: int = 100) -> bytes:
         losses: One positive value per iteration.
         smoothing: Width of the centred moving average in iterations.
     """
-    figure, (axes,) = _subplots(1, 1, 7.2, 3.4)
+    figure, (axes,) = subplots(1, 1, 7.2, 3.4)
     axes.plot(range(1, len(losses) + 1), losses, color="#c3d9e8", lw=0.6, label="each iteration")
     width = min(smoothing, len(losses))
     smooth = torch.tensor(losses, dtype=torch.float64).unfold(0, width, 1).mean(dim=1)
@@ -161,7 +124,7 @@ def loss_curve(losses: Sequence[float], smoothing: int = 100) -> bytes:
     axes.plot(centres, smooth.tolist(), color=KNOWN_COLOURS["TDQ"], lw=1.8, label=label)
     axes.set(xlabel="iteration", ylabel="loss (log scale)", yscale="log", xlim=(0, len(losses)))
     axes.legend(frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def error_over_timesteps(errors: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> bytes:
@@ -171,7 +134,7 @@ def error_over_timesteps(errors: Mapping[str, tuple[Sequence[float], Sequence[fl
         errors: For each method its timesteps and the mean squared error at each of them.
     """
     colours = method_colours(errors)
-    figure, (axes,) = _subplots(1, 1, 8.4, 3.8)
+    figure, (axes,) = subplots(1, 1, 8.4, 3.8)
     for method, (timesteps, error) in errors.items():
         pairs = sorted(zip(timesteps, error, strict=True))
         emphasis: dict[str, Any] = {"lw": 2.4, "zorder": 3} if method == "TDQ" else {"lw": 1.5}
@@ -179,26 +142,4 @@ def error_over_timesteps(errors: Mapping[str, tuple[Sequence[float], Sequence[fl
         axes.plot(x, y, "o-", ms=3.5, color=colours[method], label=method, **emphasis)
     axes.set(xlabel=TIMESTEP_LABEL, ylabel="mean squared error (log scale)", yscale="log")
     figure.legend(loc="outside right upper", frameon=False)
-    return _png(figure)
-
-
-def _subplots(
-    rows: int, columns: int, width: float, height: float
-) -> tuple["Figure", list["Axes"]]:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-        axes = figure.subplots(rows, columns, squeeze=False)
-    return figure, list(axes.flat)
-
-
-def _png(figure: "Figure") -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=144)
-    return buffer.getvalue()
-
-
-def _shorten(name: str, length: int = 30) -> str:
-    return name if len(name) <= length else "…" + name[-length + 1 :].lstrip("._")
+    return png(figure)

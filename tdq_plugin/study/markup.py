@@ -1,9 +1,22 @@
 """The few HTML elements a report needs. Text is escaped unless it is `Markup` already."""
 
+import base64
 import html
 from collections.abc import Collection, Mapping, Sequence
 
-__all__ = ["Markup", "definitions", "number", "paragraph", "section", "table", "tag"]
+from tdq_plugin.study.page_style import STYLE_SHEET
+
+__all__ = [
+    "Markup",
+    "definitions",
+    "document",
+    "figure",
+    "number",
+    "paragraph",
+    "section",
+    "table",
+    "tag",
+]
 
 
 class Markup(str):
@@ -37,6 +50,23 @@ def paragraph(text: str, kind: str = "") -> Markup:
 def section(title: str, *children: str) -> Markup:
     """Return a section under a heading."""
     return tag("section", tag("h2", title), *children)
+
+
+def document(title: str, *body: str) -> str:
+    """Return a whole page that needs nothing beside itself."""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"{tag('title', title)}\n<style>\n{STYLE_SHEET}</style>\n</head>\n"
+        f"<body>\n{tag('main', *body)}\n</body>\n</html>\n"
+    )
+
+
+def figure(title: str, png: bytes, caption: str) -> Markup:
+    """Return a picture with its title and caption."""
+    source = "data:image/png;base64," + base64.b64encode(png).decode()
+    image = Markup(f'<div class="plate"><img src="{source}" alt="{Markup.escape(title)}"></div>')
+    return tag("figure", tag("h3", title), image, tag("figcaption", caption))
 
 
 def definitions(terms: Mapping[str, str]) -> Markup:

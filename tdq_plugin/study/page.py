@@ -1,11 +1,19 @@
 """The report as one HTML page that needs nothing beside itself."""
 
-import base64
 import re
 from collections.abc import Mapping
 
-from tdq_plugin.study.markup import Markup, definitions, number, paragraph, section, table, tag
-from tdq_plugin.study.page_style import STYLE_SHEET
+from tdq_plugin.study.markup import (
+    Markup,
+    definitions,
+    document,
+    figure,
+    number,
+    paragraph,
+    section,
+    table,
+    tag,
+)
 from tdq_plugin.study.results_table import results_section
 from tdq_plugin.study.schema import Report
 from tdq_plugin.study.summary import summary
@@ -38,13 +46,7 @@ def render_page(report: Report, figures: Mapping[str, tuple[bytes, str]]) -> str
         _dynamics(report),
         _reproduce(report),
     ]
-    head = tag("title", f"{title} | tdq-plugin")
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"{head}\n<style>\n{STYLE_SHEET}</style>\n</head>\n"
-        f"<body>\n{tag('main', *body)}\n</body>\n</html>\n"
-    )
+    return document(f"{title} | tdq-plugin", *body)
 
 
 def _introduction(report: Report) -> Markup:
@@ -77,13 +79,7 @@ def _introduction(report: Report) -> Markup:
 
 
 def _figures(figures: Mapping[str, tuple[bytes, str]]) -> Markup:
-    shown = []
-    for title, (png, caption) in figures.items():
-        source = "data:image/png;base64," + base64.b64encode(png).decode()
-        image = Markup(
-            f'<div class="plate"><img src="{source}" alt="{Markup.escape(title)}"></div>'
-        )
-        shown.append(tag("figure", tag("h3", title), image, tag("figcaption", caption)))
+    shown = [figure(title, *drawn) for title, drawn in figures.items()]
     return section("Figures", *shown) if shown else Markup()
 
 

@@ -3,9 +3,15 @@
 from collections.abc import Sequence
 
 from tdq_plugin.study.markup import Markup, definitions, number, paragraph, section, table
-from tdq_plugin.study.schema import METRICS, Report, ReportRow, metric_of
+from tdq_plugin.study.schema import (
+    HIGHER_IS_BETTER,
+    METRICS,
+    Report,
+    ReportRow,
+    metric_of,
+)
 
-__all__ = ["results_section"]
+__all__ = ["COLUMNS", "EXECUTIONS", "results_section"]
 
 COLUMNS = {
     "trajectory_mse": (
@@ -42,6 +48,11 @@ COLUMNS = {
         "Fréchet distance to float",
         "The same distance to the float model's samples.",
     ),
+    "classifier_score": (
+        "Classifier score",
+        "How clearly the samples show digits, and how evenly all ten: the formula of the Inception "
+        "score with the digit classifier, at most 10; real digits have 7.5. Higher is better.",
+    ),
 }
 EXECUTIONS = {
     "float32": "float32",
@@ -73,8 +84,10 @@ def results_section(report: Report) -> Markup:
         )
     return section(
         "Results",
-        paragraph("Lower is better in every column. The best quantized method is marked."),
-        table(header, cells, best=_best(rows, cells), footer=[noise] if floor else []),
+        paragraph(
+            "Lower is better, but for the classifier score. The best quantized method is marked."
+        ),
+        table(header, cells, best=_best(rows, cells, shown), footer=[noise] if floor else []),
         definitions(meanings),
         *(paragraph(note, kind="note") for note in notes),
     )
@@ -85,13 +98,16 @@ def _cells(row: ReportRow, metrics: Sequence[str]) -> list[str]:
     return [row["method"], EXECUTIONS[row["execution"]], *values, f"{row['samples']:,}"]
 
 
-def _best(rows: Sequence[ReportRow], cells: Sequence[Sequence[str]]) -> set[tuple[int, int]]:
-    """Find the smallest cell of each metric; what is equal as printed is equally good."""
+def _best(
+    rows: Sequence[ReportRow], cells: Sequence[Sequence[str]], metrics: Sequence[str]
+) -> set[tuple[int, int]]:
+    """Find the best cell of each metric; what is equal as printed is equally good."""
     quantized = [y for y, row in enumerate(rows) if row["execution"] != "float32"]
     best = set()
-    for x in range(2, len(cells[0]) - 1):
+    for x, metric in enumerate(metrics, start=2):
+        choose = max if metric in HIGHER_IS_BETTER else min
         values = {y: float(cells[y][x]) for y in quantized if cells[y][x] != number(None)}
-        best |= {(y, x) for y, value in values.items() if value == min(values.values())}
+        best |= {(y, x) for y, value in values.items() if value == choose(values.values())}
     return best
 
 

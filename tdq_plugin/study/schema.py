@@ -10,6 +10,7 @@ from tdq_plugin.errors import ConfigError
 from tdq_plugin.study.dynamics import TemporalDynamics
 
 __all__ = [
+    "HIGHER_IS_BETTER",
     "METRICS",
     "Latency",
     "Report",
@@ -27,7 +28,9 @@ METRICS = (
     "pixel_mse",
     "frechet_distance",
     "frechet_distance_to_float",
+    "classifier_score",
 )
+HIGHER_IS_BETTER = ("classifier_score",)
 EXECUTIONS = ("float32", "fake", "int8")
 
 
@@ -48,6 +51,7 @@ class ReportRow(_RequiredRow, total=False):
 
     Attributes:
         method: Name of the method.
+        key: Its name in the configuration, and in the file names of the run.
         execution: `float32` for the unquantized model, `fake` for simulated quantization in
             float32, `int8` for integer kernels.
         trajectory_mse: Mean squared epsilon error against the float model along the float model's
@@ -58,12 +62,15 @@ class ReportRow(_RequiredRow, total=False):
         pixel_mse: Mean squared difference of final images from the same noise to the float model's.
         frechet_distance: Fréchet distance to real images in `feature_space`.
         frechet_distance_to_float: Fréchet distance to the float model's samples.
-        samples: Number of images behind the last three.
+        classifier_score: `classifier_score` of the images; higher is better.
+        samples: Number of images behind the last four.
         feature_space: The network whose features were compared.
     """
 
+    key: str
     trajectory_mse_unseen: float | None
     t0_mse: float | None
+    classifier_score: float | None
 
 
 class Latency(TypedDict):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from tdq_plugin.errors import ConfigError
+from tdq_plugin.study.canvas import method_colours
 from tdq_plugin.study.figures import (
     error_over_timesteps,
     loss_curve,
-    method_colours,
     sample_grid,
     scale_curves,
 )

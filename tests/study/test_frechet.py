@@ -1,15 +1,16 @@
-"""The Fréchet distance against an independent float64 computation, and its failures."""
+"""The Fréchet distance against an independent float64 computation, the score, and failures."""
 
 import numpy as np
 import pytest
 import torch
 from scipy import linalg
 from torch import Tensor, nn
+from torchmetrics.image.inception import InceptionScore
 
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes.digits import load_digits
 from tdq_plugin.recipes.digits_classifier import load_classifier
-from tdq_plugin.study import FrechetReference
+from tdq_plugin.study import FrechetReference, classifier_score
 
 
 def scipy_distance(first: Tensor, second: Tensor) -> float:
@@ -81,3 +82,25 @@ def test_too_few_images_or_resamples() -> None:
         FrechetReference(nn.Identity(), gaussians(0)[:1])
     with pytest.raises(ConfigError, match="at least 2 resamples, got 1"):
         FrechetReference(nn.Identity(), gaussians(0)).standard_error(gaussians(1), resamples=1)
+
+
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom:UserWarning")  # of one part
+def test_the_classifier_score_is_that_of_torchmetrics_over_one_part() -> None:
+    logits = 3 * torch.randn(200, 10, generator=torch.Generator().manual_seed(0))
+    metric = InceptionScore(nn.Identity(), splits=1)
+    metric.update(logits)
+    assert classifier_score(logits) == pytest.approx(float(metric.compute()[0]), rel=1e-5)
+
+
+def test_real_digits_have_a_higher_score_than_noise_and_than_one_class() -> None:
+    classifier, (images, labels) = load_classifier(), load_digits()
+    with torch.no_grad():
+        real, noise = classifier(images), classifier(torch.randn(1000, 1, 16, 16))
+    scores = [classifier_score(logits) for logits in (real, noise, real[labels == 3])]
+    assert 7 < scores[0] < 10
+    assert max(scores[1:]) < 4
+
+
+def test_logits_that_are_not_finite() -> None:
+    with pytest.raises(ConfigError, match="2 of 3 images have logits that are not finite"):
+        classifier_score(torch.tensor([[0.0, 1.0], [torch.nan, 0.0], [torch.inf, 0.0]]))

@@ -106,6 +106,14 @@ def test_page_marks_the_best_quantized_row_of_each_column(
     assert marked == ["8.10", "0.00480", "0.00480", "0.00480"]
 
 
+def test_of_the_classifier_score_the_highest_is_marked(
+    tmp_path: Path, report: dict[str, Any]
+) -> None:
+    for row, score in zip(report["rows"], (9.8, 8.5, 9.1), strict=True):
+        row["classifier_score"] = score
+    assert "9.10" in Page(write_report(tmp_path, report, {}).read_text()).marked
+
+
 def test_page_shows_every_row_the_floor_and_how_to_repeat_it(
     tmp_path: Path, report: dict[str, Any]
 ) -> None:

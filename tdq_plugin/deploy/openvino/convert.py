@@ -1,12 +1,10 @@
 """`to_openvino`: a frozen model as one OpenVINO model for all timesteps."""
 
 import inspect
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import openvino as ov
-import torch
 from torch import Tensor, fx, nn
 
 from tdq_plugin.deploy.lower import LOOKUP, lower_to_int8
@@ -19,6 +17,7 @@ from tdq_plugin.deploy.openvino.ratios import static_reference
 from tdq_plugin.deploy.openvino.report import ConversionReport
 from tdq_plugin.deploy.openvino.rewrite import check_bank, rewrite, table_of
 from tdq_plugin.deploy.openvino.tabulate import tabulate_timestep_path
+from tdq_plugin.deploy.openvino.traced import traced_model
 from tdq_plugin.errors import AdapterError, LookupRuleError, TraceError
 from tdq_plugin.scales.frozen import FrozenBank
 from tdq_plugin.timestep import find_timestep_argument
@@ -59,17 +58,20 @@ def to_openvino(
             lookup rule is not `exact`.
         ScaleError: Zero points move with t.
         TimestepError: The model has no timestep argument.
+        TraceError: The example does not fit the model, or gives something else than tensors.
 
     Warns:
         UserWarning: A layer that runs on int8 kernels with static scales does not here.
     """
     module, bank, inputs, timestep = _traceable(model, example_inputs)
+    if cache_timestep_path:
+        _check_lookup(bank)
     mixed = isinstance(module, fx.GraphModule)
-    converted = _convert(module, inputs)
+    converted = traced_model(module, inputs)
+    _name_quantizers(module, converted)
     widen_activations(converted)
     store_weights_as_int8(converted)
     if cache_timestep_path:
-        _check_lookup(bank)
         tabulate_timestep_path(converted, timestep, bank.timesteps.numpy(), mixed)
     reference = static_reference(converted)
     readers_left = move_scales(converted)
@@ -91,8 +93,8 @@ def _traceable(
     else:
         bank = _bank_of_module(model)
     check_bank(bank)
-    inputs = _bind(model, example_inputs)
     timestep = find_timestep_argument(inspect.signature(model.forward))
+    inputs = _bind(model, example_inputs, timestep)
     batch = next(len(value) for name, value in inputs.items() if name != timestep)
     inputs[timestep] = bank.timesteps[:1].expand(batch).clone()
     module = rewrite(model, inputs) if isinstance(model, fx.GraphModule) else model
@@ -118,7 +120,9 @@ def _bank_of_module(model: nn.Module) -> FrozenBank:
     return bank
 
 
-def _bind(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any]) -> dict[str, Any]:
+def _bind(
+    model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any], timestep: str
+) -> dict[str, Any]:
     """The arguments of the example call by name, in the order of forward's arguments."""
     args: tuple[Any, ...] = () if isinstance(example_inputs, dict) else example_inputs
     kwargs = example_inputs if isinstance(example_inputs, dict) else {}
@@ -134,30 +138,23 @@ def _bind(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any]) ->
     for name, value in call.arguments.items():
         is_variadic = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
         inputs |= value if is_variadic else {name: value}
+    wrong = {
+        name: type(value).__name__
+        for name, value in inputs.items()
+        if name != timestep and not isinstance(value, Tensor)
+    }
+    if wrong:
+        raise TraceError(
+            f"The inputs of a converted model are tensors; the example gives {wrong}. Leave out "
+            "what the model does not need."
+        )
     return inputs
-
-
-def _convert(module: nn.Module, inputs: Mapping[str, Tensor]) -> ov.Model:
-    with torch.no_grad(), warnings.catch_warnings():
-        # OpenVINO reads TorchScript: torch.export does not know torch's fake quantization.
-        warnings.filterwarnings("ignore", ".*torch.jit.trace", DeprecationWarning)
-        # Sizes other than the batch are those of the example; the tracer warns of each.
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
-        traced = torch.jit.trace(module, example_kwarg_inputs=dict(inputs), check_trace=False)
-        model = ov.convert_model(traced)
-    for parameter in model.get_parameters():
-        (name,) = parameter.output(0).get_names() & set(inputs)
-        parameter.set_friendly_name(name)
-        parameter.output(0).get_tensor().set_names({name})
-        parameter.set_partial_shape(ov.PartialShape([-1, *inputs[name].shape[1:]]))
-    model.validate_nodes_and_infer_types()
-    _name_quantizers(module, model)
-    return model
 
 
 def _name_quantizers(module: nn.Module, model: ov.Model) -> None:
     """Give the quantizers the names that they have in the scale table."""
-    names = {path: m.name for path, m in module.named_modules() if hasattr(m, "name")}
+    modules = module.named_modules(remove_duplicate=False)
+    names = {path: m.name for path, m in modules if hasattr(m, "name")}
     for quantizer in fake_quantizers(model):
         path = layer_name(quantizer)
         quantizer.set_friendly_name(names.get(path, path))

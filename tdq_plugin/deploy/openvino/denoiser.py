@@ -61,7 +61,9 @@ class OVDenoiser:
 
     def save(self, folder: str | Path) -> None:
         """Write the model with the configuration; see `save_openvino`."""
-        save_openvino(self.model, folder, extra={"config": dict(self.config)})
+        # diffusers keeps the path in it that a model was loaded from.
+        config = {k: str(v) if isinstance(v, Path) else v for k, v in self.config.items()}
+        save_openvino(self.model, folder, extra={"config": config})
 
     def __call__(
         self, sample: Tensor, timestep: Tensor | float, *, return_dict: bool = True, **inputs: Any

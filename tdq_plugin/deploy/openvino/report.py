@@ -51,9 +51,9 @@ class ConversionReport:
         """Warn of layers that lost their integer kernel, if there are any."""
         if self.lost_layers:
             warnings.warn(
-                f"{len(self.lost_layers)} layers run on int8 kernels with static scales, but in "
-                f"float with scales of the timestep: {', '.join(self.lost_layers)}. Their values "
-                "are right, their speed is not; `readers_left` of the report says what stands in "
-                "the way.",
+                "With static scales, these layers would run on int8 kernels; with scales of the "
+                f"timestep they run in float: {', '.join(self.lost_layers)}. Their values are "
+                "right, their speed is not; `readers_left` of the report says what stands in the "
+                "way.",
                 stacklevel=3,
             )

@@ -1,0 +1,36 @@
+"""A torch module as an `ov.Model`, by way of TorchScript."""
+
+import warnings
+from collections.abc import Mapping
+
+import openvino as ov
+import torch
+from torch import Tensor, nn
+
+__all__ = ["traced_model"]
+
+
+def traced_model(module: nn.Module, inputs: Mapping[str, Tensor]) -> ov.Model:
+    """Trace a module and convert it; sizes other than the batch become those of the example.
+
+    Args:
+        module: Operations of torch only; returns a tensor.
+        inputs: One call, by the names of forward's arguments.
+
+    Returns:
+        A model whose inputs have these names and a dynamic dimension 0.
+    """
+    with torch.no_grad(), warnings.catch_warnings():
+        # OpenVINO reads TorchScript: torch.export does not know torch's fake quantization.
+        warnings.filterwarnings("ignore", ".*torch.jit.trace", DeprecationWarning)
+        # The tracer warns of each size that becomes a constant.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        traced = torch.jit.trace(module, example_kwarg_inputs=dict(inputs), check_trace=False)
+        model = ov.convert_model(traced)
+    for parameter in model.get_parameters():
+        (name,) = parameter.output(0).get_names() & set(inputs)
+        parameter.set_friendly_name(name)
+        parameter.output(0).get_tensor().set_names({name})
+        parameter.set_partial_shape(ov.PartialShape([-1, *inputs[name].shape[1:]]))
+    model.validate_nodes_and_infer_types()
+    return model

@@ -1,0 +1,167 @@
+"""The figures that a single run does not have, as PNG bytes."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tdq_plugin.study.canvas import (
+    INK,
+    KNOWN_COLOURS,
+    MUTED,
+    TIMESTEP_LABEL,
+    method_colours,
+    png,
+    shorten,
+    subplots,
+)
+
+__all__ = [
+    "distance_dots",
+    "error_bands",
+    "histogram",
+    "lines_over_steps",
+    "range_bands",
+    "scale_histories",
+]
+
+
+def distance_dots(
+    groups: Mapping[str, Mapping[str, Sequence[float]]], floors: Mapping[str, float]
+) -> bytes:
+    """Draw every draw of every method as a dot on a log axis, one panel per group.
+
+    Args:
+        groups: For each group the draws of each method.
+        floors: The noise floor of each group.
+    """
+    methods = list(dict.fromkeys(name for draws in groups.values() for name in draws))
+    colours = method_colours(methods)
+    height = 0.9 + 0.28 * len(methods)
+    figure, panels = subplots(1, len(groups), 2.2 + 2.4 * len(groups), height)
+    for axes, (group, draws) in zip(panels, groups.items(), strict=True):
+        for method, values in draws.items():
+            row = [methods.index(method)] * len(values)
+            axes.plot(list(values), row, "o", ms=6, color=colours[method], alpha=0.8)
+        axes.axvline(floors[group], color=MUTED, lw=1, ls=":")
+        axes.set_title(group, loc="left", fontsize=10)
+        axes.set(xscale="log", ylim=(len(methods) - 0.5, -0.5))
+        first = axes is panels[0]
+        axes.set_yticks(range(len(methods)), methods if first else [""] * len(methods))
+        axes.tick_params(axis="y", labelcolor=INK, length=0)
+    figure.supxlabel(
+        "Fréchet distance to the float model's samples  (dotted: noise floor)", fontsize=10
+    )
+    return png(figure)
+
+
+def lines_over_steps(
+    curves: Mapping[str, Mapping[int, Sequence[float]]], label: str, log: bool = True
+) -> bytes:
+    """Draw each method's draws, and their median, over the number of sampler steps.
+
+    Args:
+        curves: For each method the draws at each number of steps.
+        label: Of the vertical axis.
+        log: Whether that axis is logarithmic.
+    """
+    colours = method_colours(curves)
+    figure, (axes,) = subplots(1, 1, 7.2, 3.6)
+    for method, draws in curves.items():
+        steps = sorted(draws)
+        middle = [torch.tensor(draws[step]).median().item() for step in steps]
+        colour = INK if method == "float32" else colours[method]
+        axes.plot(steps, middle, "o-", ms=4, lw=1.8, color=colour, label=method)
+        for step in steps:
+            axes.plot([step] * len(draws[step]), list(draws[step]), ".", ms=4, color=colour)
+    axes.set(xlabel="steps of the sampler", ylabel=label, xscale="log")
+    if log:
+        axes.set_yscale("log")
+    ticks = sorted({step for draws in curves.values() for step in draws})
+    axes.set_xticks(ticks, [str(step) for step in ticks], minor=False)
+    axes.minorticks_off()
+    figure.legend(loc="outside right upper", frameon=False)
+    return png(figure)
+
+
+def range_bands(
+    timesteps: Sequence[float], layers: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+) -> bytes:
+    """Draw a band between the low and the high values of each layer over t, a panel per layer."""
+    columns = min(3, len(layers))
+    rows = -(-len(layers) // columns)
+    figure, panels = subplots(rows, columns, 3.4 * columns, 0.5 + 2.1 * rows)
+    for axes, (name, (low, high)) in zip(panels, layers.items(), strict=False):
+        axes.fill_between(timesteps, low, high, color=KNOWN_COLOURS["TDQ"], alpha=0.25, lw=0)
+        for edge in (low, high):
+            axes.plot(timesteps, edge, color=KNOWN_COLOURS["TDQ"], lw=1.4)
+        axes.axhline(0, color=MUTED, lw=0.8)
+        axes.set_title(shorten(name), loc="left", fontsize=9)
+        axes.tick_params(labelsize=8)
+    for axes in panels[len(layers) :]:
+        axes.set_visible(False)
+    figure.supxlabel(TIMESTEP_LABEL, fontsize=10)
+    figure.supylabel("activation, 99.8 % of the values", fontsize=10)
+    return png(figure)
+
+
+def error_bands(timesteps: Sequence[float], errors: Mapping[str, Tensor]) -> bytes:
+    """Draw the median layer's relative error over t, and the middle half of the layers.
+
+    Args:
+        timesteps: T of them.
+        errors: For each kind of scale the errors `(L, T)`.
+    """
+    figure, (axes,) = subplots(1, 1, 7.2, 3.4)
+    colours = (KNOWN_COLOURS["static LSQ"], KNOWN_COLOURS["TDQ"])
+    for (name, values), colour in zip(errors.items(), colours, strict=True):
+        low, middle, high = values.quantile(torch.tensor([0.25, 0.5, 0.75]), dim=0).tolist()
+        axes.fill_between(timesteps, low, high, color=colour, alpha=0.18, lw=0)
+        axes.plot(timesteps, middle, "o-", ms=3.5, lw=1.8, color=colour, label=name)
+    axes.set(xlabel=TIMESTEP_LABEL, ylabel="rounding error / mean square")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    return png(figure)
+
+
+def histogram(values: Sequence[float], label: str) -> bytes:
+    """Draw how many layers have a value in each tenth of [0, 1]."""
+    figure, (axes,) = subplots(1, 1, 5.6, 2.8)
+    edges = [tenth / 10 for tenth in range(11)]
+    axes.hist(list(values), bins=edges, color=KNOWN_COLOURS["TDQ"], rwidth=0.9)
+    axes.set(xlabel=label, ylabel="layers", xlim=(0, 1))
+    return png(figure)
+
+
+def scale_histories(
+    timesteps: Sequence[float],
+    histories: Mapping[int, Mapping[str, Sequence[float]]],
+    names: Sequence[str],
+) -> bytes:
+    """Draw s(t) after several numbers of training steps, a panel per layer.
+
+    Args:
+        timesteps: T of them.
+        histories: For each number of training steps the scales of each layer.
+        names: The layers to draw.
+    """
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure, panels = subplots(rows, columns, 3.4 * columns, 0.6 + 2.2 * rows)
+    for axes, name in zip(panels, names, strict=False):
+        for index, step in enumerate(sorted(histories)):
+            strength = (index + 1) / len(histories)
+            colour = (0.75 - 0.75 * strength, 0.82 - 0.37 * strength, 0.92 - 0.22 * strength)
+            axes.plot(timesteps, histories[step][name], color=colour, lw=1.6)
+        axes.set_title(shorten(name), loc="left", fontsize=9)
+        axes.set_ylim(bottom=0)
+        axes.tick_params(labelsize=8)
+    for axes in panels[len(names) :]:
+        axes.set_visible(False)
+    figure.supxlabel(TIMESTEP_LABEL, fontsize=10)
+    figure.supylabel("activation scale", fontsize=10)
+    labels = [f"{step} training steps" for step in sorted(histories)]
+    figure.legend(
+        panels[0].lines, labels, loc="outside upper center", ncols=len(labels), frameon=False
+    )
+    return png(figure)

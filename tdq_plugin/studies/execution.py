@@ -1,0 +1,144 @@
+"""Do the runs of a study: several at a time, one thread and one process each."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tdq_plugin.errors import ConfigError
+from tdq_plugin.recipes import find_recipe
+from tdq_plugin.studies.definition import Cost, RunSpec, StudyDefinition
+
+__all__ = ["PlannedRun", "duration", "execute", "plan_run", "run_in_a_process"]
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run, its folder, the seconds it is expected to take, and whether it is there already."""
+
+    spec: RunSpec
+    folder: Path
+    seconds: float
+    finished: bool
+
+
+def plan_run(definition: StudyDefinition, spec: RunSpec) -> PlannedRun:
+    """Check a run's settings and see whether it is finished.
+
+    Raises:
+        ConfigError: The recipe does not take the settings, or the folder holds another run.
+    """
+    config = find_recipe(spec.recipe).configure(spec.overrides)
+    folder = config.run_folder
+    _check_same(folder / "config.json", config.model_dump(mode="json"))
+    seconds = _expected_seconds(definition.costs[spec.recipe], config)
+    return PlannedRun(spec, folder, seconds, (folder / "report.json").exists())
+
+
+def execute(
+    runs: Sequence[PlannedRun],
+    jobs: int,
+    say: Callable[[str], None],
+    do: Callable[[PlannedRun], str | None],
+) -> dict[str, str]:
+    """Do all runs that are not finished; one that fails does not stop the others.
+
+    Args:
+        runs: In the order of their start.
+        jobs: Runs at a time.
+        say: Told of every run that ends.
+        do: Does a run and returns why it failed, `run_in_a_process` with a folder.
+
+    Returns:
+        Why runs failed, by their names.
+    """
+    waiting = [run for run in runs if not run.finished]
+    progress, failures = _Progress(waiting, jobs, say), dict[str, str]()
+    running: dict[Future[str | None], PlannedRun] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        while waiting or running:
+            pending = {run.spec.name for run in (*waiting, *running.values())}
+            ready = [run for run in waiting if not pending & set(run.spec.needs)]
+            for run in ready[: jobs - len(running)]:
+                waiting.remove(run)
+                running[pool.submit(do, run)] = run
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                run, failure = running.pop(future), future.result()
+                if failure is not None:
+                    failures[run.spec.name] = failure
+                progress.ended(run, failure)
+    return failures
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them.
+
+    Example:
+        >>> duration(29), duration(100), duration(5000)
+        ('1 min', '2 min', '1 h 23 min')
+    """
+    minutes = max(1, round(seconds / 60))
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
+class _Progress:
+    """Tells how many runs have ended, and the time left by how fast they were."""
+
+    def __init__(self, runs: Sequence[PlannedRun], jobs: int, say: Callable[[str], None]) -> None:
+        self.count, self.left = len(runs), sum(run.seconds for run in runs)
+        self.jobs, self.say = jobs, say
+        self.start, self.ended_runs, self.ended_seconds = time.monotonic(), 0, 0.0
+
+    def ended(self, run: PlannedRun, failure: str | None) -> None:
+        self.ended_runs += 1
+        self.left -= run.seconds
+        self.ended_seconds += run.seconds
+        measured = (time.monotonic() - self.start) * self.jobs / self.ended_seconds
+        left = f"about {duration(self.left * measured / self.jobs)} left" if self.left else "done"
+        outcome = "" if failure is None else f" FAILED: {failure}"
+        self.say(f"[{self.ended_runs}/{self.count}] {run.spec.name}{outcome} ({left})")
+
+
+def run_in_a_process(run: PlannedRun, logs: Path) -> str | None:
+    """Do one run, its output in a file of the folder `logs`; return why it failed."""
+    log = logs / f"{run.spec.name}.log"
+    logs.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "tdq_plugin.studies.worker", run.spec.recipe]
+    with log.open("a") as output:
+        # The worker ends when this pipe closes, so that none outlives a killed study.
+        process = subprocess.Popen(
+            [*command, *run.spec.overrides],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        code = process.wait()
+    if code == 0:
+        return None
+    lines = log.read_text(errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+    return f"exit code {code}: {last} (see {log})"
+
+
+def _expected_seconds(cost: Cost, config: Any) -> float:
+    methods = getattr(config, "methods", ())
+    steps = config.evaluation.samples * config.steps if methods else 0
+    return cost.start + len(methods) * (cost.method + steps * cost.step)
+
+
+def _check_same(path: Path, wanted: dict[str, Any]) -> None:
+    known = json.loads(path.read_text()) if path.exists() else wanted
+    keys = sorted(key for key in known.keys() | wanted.keys() if known.get(key) != wanted.get(key))
+    if keys:
+        shown = ", ".join(f"{key}={known.get(key)!r}, not {wanted.get(key)!r}" for key in keys)
+        raise ConfigError(
+            f"{path.parent} holds a run with other settings: {shown}. "
+            "Remove the folder, or choose another --output."
+        )

@@ -1,0 +1,194 @@
+"""The figures that a part of a study can ask for, by name."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from tdq_plugin.studies.definition import FigureName
+from tdq_plugin.studies.document import Picture
+from tdq_plugin.studies.drawings import (
+    distance_dots,
+    error_bands,
+    histogram,
+    lines_over_steps,
+    range_bands,
+    scale_histories,
+)
+from tdq_plugin.studies.results import FinishedRun, Group, Method
+from tdq_plugin.study.figures import error_over_timesteps, sample_grid
+from tdq_plugin.table import load_table
+
+__all__ = ["FIGURES", "FigureMaker"]
+
+FigureMaker = Callable[[Sequence[Group], Sequence[FinishedRun]], list[Picture]]
+LAYERS = 6
+
+
+def distances(groups: Sequence[Group], runs: Sequence[FinishedRun]) -> list[Picture]:
+    """Every draw's Fréchet distance to the float model's samples."""
+    metric = "frechet_distance_to_float"
+    draws = {
+        group.name: {name: list(m.values(metric).values()) for name, m in _quantized(group).items()}
+        for group in groups
+    }
+    floors = {group.name: group.noise_floor[metric] for group in groups}
+    caption = "Every dot is one calibration or training draw; further left is better."
+    return [
+        Picture("distances", "Fréchet distance, every draw", distance_dots(draws, floors), caption)
+    ]
+
+
+def errors(groups: Sequence[Group], runs: Sequence[FinishedRun]) -> list[Picture]:
+    """Error along the float model's trajectory, of the first draw of each method."""
+    pictures = []
+    for group in groups:
+        curves = {}
+        for name, method in _quantized(group).items():
+            run, row = _first(method)
+            curves[name] = run.curve(row)
+        pictures.append(
+            Picture(
+                f"errors-{group.name}",
+                f"Error along the sampler's way, {group.name}",
+                error_over_timesteps(curves),
+                "Mean squared error of the predicted noise at each timestep of the float model's "
+                "trajectory, of the first draw. Sampling runs from right to left.",
+            )
+        )
+    return pictures
+
+
+def samples(groups: Sequence[Group], runs: Sequence[FinishedRun]) -> list[Picture]:
+    """Images of the last group's methods, from the same noise."""
+    group = groups[-1]
+    images = {}
+    for name, method in _quantized(group).items():
+        run, row = _first(method)
+        images[name] = run.images(row)
+    caption = "Every column starts from the same noise. Not chosen: the first sixteen."
+    return [Picture("samples", f"Samples, {group.name}", sample_grid(images, 16), caption)]
+
+
+def ranges(groups: Sequence[Group], runs: Sequence[FinishedRun]) -> list[Picture]:
+    """Activation ranges over t, and how they correlate with t."""
+    report = _with_layers(runs).report
+    layers = report["layers"]
+    moving = sorted(layers, key=lambda name: _movement(layers[name]["deviation"]), reverse=True)
+    bands = {name: (layers[name]["low"], layers[name]["high"]) for name in moving[:LAYERS]}
+    dynamics = report["temporal_dynamics"]
+    label = "|Pearson r| of timestep and standard deviation"
+    return [
+        Picture(
+            "ranges",
+            "Activation ranges over time",
+            range_bands(report["timesteps"], bands),
+            f"The {len(bands)} of {len(layers)} layers whose standard deviation moves most, in the "
+            "float model.",
+        ),
+        Picture(
+            "correlations",
+            "How closely activations follow t",
+            histogram(dynamics["correlation"], label),
+            f"Over 0.5 in {dynamics['share_correlated_0_5']:.0%} of the layers, over 0.7 in "
+            f"{dynamics['share_correlated_0_7']:.0%}. The standard deviation's largest value over "
+            f"its smallest is {dynamics['std_ratio']['median']:.2f} in the median layer and "
+            f"{dynamics['std_ratio']['p90']:.2f} in the 90th percentile.",
+        ),
+    ]
+
+
+def rounding_errors(groups: Sequence[Group], runs: Sequence[FinishedRun]) -> list[Picture]:
+    """What one scale for all t costs before anything is trained."""
+    report = _with_layers(runs).report
+    values = report["layers"].values()
+    kinds = {"one scale for all t": "static_error", "one scale per t": "timestep_error"}
+    relative = {name: torch.tensor([layer[key] for layer in values]) for name, key in kinds.items()}
+    return [
+        Picture(
+            "rounding-errors",
+            f"Rounding error over time, {report['bits']}",
+            error_bands(report["timesteps"], relative),
+            "Each layer's rounding and clipping error relative to the mean square of its values. "
+            "Line: median layer; band: the middle half of the layers.",
+        )
+    ]
+
+
+def steps(groups: Sequence[Group], runs: Sequence[FinishedRun]) -> list[Picture]:
+    """Quality over the number of sampler steps."""
+    pictures = []
+    for metric, label in {
+        "frechet_distance": "Fréchet distance to data",
+        "trajectory_mse": "trajectory error",
+    }.items():
+        curves: dict[str, dict[int, list[float]]] = {}
+        for group in groups:
+            for name, method in _labelled(group.methods).items():
+                values = [value for value in method.values(metric).values() if value > 0]
+                if values:
+                    curves.setdefault(name, {})[int(group.name)] = values
+        caption = "The same trained models at every number of steps; only their table is frozen "
+        caption += "for other timesteps."
+        title = f"{label[0].upper()}{label[1:]} over sampler steps"
+        file = f"steps-{metric.replace('_', '-')}"
+        pictures.append(Picture(file, title, lines_over_steps(curves, label), caption))
+    return pictures
+
+
+def training(groups: Sequence[Group], runs: Sequence[FinishedRun]) -> list[Picture]:
+    """The scale functions at several moments of the training."""
+    folder = next(path for run in runs for path in [run.folder / "scales" / "tdq"] if path.exists())
+    tables = {int(path.stem): load_table(path) for path in folder.glob("*.safetensors")}
+    last = tables[max(tables)]
+    movement = last.scales.amax(dim=0) / last.scales.amin(dim=0)
+    shown = [last.names[index] for index in movement.argsort(descending=True)[:LAYERS].tolist()]
+    histories = {
+        step: {name: table.scales[:, table.names.index(name)].tolist() for name in shown}
+        for step, table in tables.items()
+    }
+    return [
+        Picture(
+            "training",
+            "Scales over time during training",
+            scale_histories(last.timesteps.tolist(), histories, shown),
+            f"The {len(shown)} layers whose learned scale moves most over t. After 0 steps, the "
+            "generators follow the ranges that calibration saw.",
+        )
+    ]
+
+
+FIGURES: dict[FigureName, FigureMaker] = {
+    "distances": distances,
+    "errors": errors,
+    "samples": samples,
+    "ranges": ranges,
+    "rounding_errors": rounding_errors,
+    "steps": steps,
+    "training": training,
+}
+
+
+def _quantized(group: Group) -> dict[str, Method]:
+    return _labelled([method for method in group.methods if method.execution != "float32"])
+
+
+def _labelled(methods: Sequence[Method]) -> dict[str, Method]:
+    """Methods by title; one that ran both on integers and simulated is there twice."""
+    labelled: dict[str, Method] = {}
+    for method in methods:
+        twice = method.title in labelled
+        labelled[f"{method.title}, simulated" if twice else method.title] = method
+    return labelled
+
+
+def _first(method: Method) -> tuple[FinishedRun, dict[str, object]]:
+    run, row = method.draws[min(method.draws)]
+    return run, dict(row)
+
+
+def _with_layers(runs: Sequence[FinishedRun]) -> FinishedRun:
+    return next(run for run in runs if "layers" in run.report)
+
+
+def _movement(deviation: Sequence[float]) -> float:
+    return max(deviation) / max(min(deviation), 1e-12)

@@ -1,0 +1,56 @@
+"""`tdq study`: many runs, and one report."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tdq_plugin.errors import ConfigError
+
+__all__ = ["study"]
+
+
+def study(
+    name: Annotated[str, typer.Argument(help="`digits`, or the path of a study's YAML file.")],
+    part: Annotated[
+        list[str] | None, typer.Option(help="Do only this part; may be given several times.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, one CPU thread each.")] = 1,
+    samples: Annotated[
+        int | None, typer.Option(min=100, help="Images per row, instead of the study's number.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the runs; by default runs/study-NAME.")
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Folder of the report; by default that of the runs.")
+    ] = None,
+    list_parts: Annotated[
+        bool, typer.Option("--list", help="List the parts and the time they take; do not run.")
+    ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write the report of what is finished; do not run.")
+    ] = False,
+) -> None:
+    """Do what is not finished of a study, and write its report. Interrupted, it goes on."""
+    try:
+        from tdq_plugin.studies.conduct import Study
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"A study needs {error.name}. Install it: pip install 'tdq-plugin[recipes]'."
+        ) from None
+    quick = f"-{samples}samples" if samples else ""
+    folder = output or Path("runs") / f"study-{Path(name).stem}{quick}"
+    chosen = Study(name, folder, samples)
+    if list_parts:
+        for line in chosen.overview(jobs):
+            typer.echo("{:12} {}. Finished: {} runs; the others take {}.".format(*line))
+    elif report:
+        typer.echo(f"The report is in {chosen.report(results or folder)}")
+    else:
+        parts = part or list(chosen.definition.parts)
+        failures = chosen.run(parts, jobs, results or folder, typer.echo)
+        if failures:
+            raise ConfigError(
+                f"Runs failed: {', '.join(failures)}. Their logs are in {folder}/logs."
+            )

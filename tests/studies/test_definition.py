@@ -1,0 +1,142 @@
+"""A study's definition: what the shipped one says, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tdq_plugin.errors import ConfigError
+from tdq_plugin.recipes import find_recipe
+from tdq_plugin.studies.definition import STUDIES, load_study
+
+
+def content() -> dict[str, Any]:
+    group = {
+        "recipe": "ddim-digits-qat",
+        "name": "{bits}-{methods}-{seed}",
+        "settings": {"steps": 10, "trained": "{runs}/other"},
+        "vary": {"bits": ["W4A4", "W8A4"], "seed": [0, 1], "methods": [["lsq", "tdq"]]},
+    }
+    return {
+        "title": "Demo",
+        "introduction": [],
+        "settings": {"ddim-digits-qat": {"evaluation.samples": 5000, "steps": 20}},
+        "costs": {"ddim-digits-qat": {"start": 1, "method": 2, "step": 0}},
+        "parts": {
+            "one": {"title": "One", "question": "?", "paper": "-", "runs": [group]},
+        },
+    }
+
+
+def write(tmp_path: Path, values: dict[str, Any]) -> str:
+    path = tmp_path / "demo.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return str(path)
+
+
+def test_a_group_is_a_run_for_every_combination(tmp_path: Path) -> None:
+    runs = load_study(write(tmp_path, content())).runs("one", Path("runs"))
+    assert [run.name for run in runs] == [
+        "W4A4-lsq-tdq-0", "W4A4-lsq-tdq-1", "W8A4-lsq-tdq-0", "W8A4-lsq-tdq-1"
+    ]  # fmt: skip
+    assert runs[-1].overrides == [
+        "evaluation.samples=5000",
+        "steps=10",
+        'trained="runs/other"',
+        'bits="W8A4"',
+        "seed=1",
+        'methods=["lsq", "tdq"]',
+        'name="W8A4-lsq-tdq-1"',
+        'output="runs"',
+    ]
+    config: Any = find_recipe(runs[-1].recipe).configure(runs[-1].overrides)
+    assert (config.bits, config.steps, config.methods) == ("W8A4", 10, ["lsq", "tdq"])
+    assert config.run_folder == Path("runs/W8A4-lsq-tdq-1")
+
+
+def test_samples_replace_those_of_every_recipe_that_draws(tmp_path: Path) -> None:
+    (run, *_) = load_study(write(tmp_path, content()), samples=100).runs("one", Path())
+    assert run.settings["evaluation.samples"] == 100
+    study = load_study("digits", samples=100)
+    assert "evaluation.samples" not in study.settings["ddim-digits-ranges"]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_recipes_take_all_runs_of_the_shipped_studies(name: str) -> None:
+    study = load_study(name)
+    for part in study.parts:
+        for run in study.runs(part, Path("runs")):
+            config = find_recipe(run.recipe).configure(run.overrides)
+            assert config.run_folder == Path("runs") / run.name
+
+
+def test_the_digits_study_shares_runs_between_parts() -> None:
+    study = load_study("digits")
+    names = {part: {run.name for run in study.runs(part, Path())} for part in study.parts}
+    assert {"ranges", "ptq", "qat", "intervals", "generator", "steps", "training"} == set(names)
+    assert names["training"] <= names["steps"] & names["qat"] & names["generator"]
+    seeds = {run.settings["seed"] for run in study.runs("qat", Path()) if "W4A4" in run.name}
+    assert seeds == {0, 1, 2}
+
+
+def changed(path: str, value: Any) -> Any:
+    def change(values: dict[str, Any]) -> None:
+        *parents, last = path.split(".")
+        for parent in parents:
+            values = values[int(parent)] if isinstance(values, list) else values[parent]
+        values[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (changed("titel", "x"), r"^Unknown key 'titel'. Known keys: costs, introduction, parts,"),
+        (
+            changed("parts.one.figure", []),
+            r"^Unknown key 'parts.one.figure'. Known keys: figures, group_by, paper, question,",
+        ),
+        (
+            changed("parts.one.runs.0.seeds", [1]),
+            r"^Unknown key 'parts.one.runs.0.seeds'. Known keys: name, needs, recipe, settings,",
+        ),
+        (changed("parts.one.figures", ["pie"]), r"^parts.one.figures.0 = 'pie': Input should be"),
+        (
+            changed("parts.one.figures", ["steps"]),
+            r"^'one': the figure 'steps' needs group_by: steps",
+        ),
+        (changed("parts", {}), r"^parts = \{\}: Dictionary should have at least 1 item"),
+        (changed("costs", {}), r"^costs: \['ddim-digits-qat'\] have no entry, but 'one' runs them"),
+        (
+            changed("parts.one.runs.0.needs", ["other"]),
+            r"^'W4A4-lsq-tdq-0' needs \['other'\], which is no earlier run of 'one'",
+        ),
+        (
+            changed("parts.one.runs.0.name", "{bits}"),
+            r"^Two runs are called 'W4A4' and have other settings",
+        ),
+    ],
+)
+def test_mistakes(tmp_path: Path, change: Any, message: str) -> None:
+    values = content()
+    change(values)
+    with pytest.raises(ConfigError, match=message):
+        load_study(write(tmp_path, values))
+
+
+def test_a_study_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match=r"^No study is called 'digit'. Studies: digits; or give"):
+        load_study("digit")
+
+
+def test_a_file_that_is_no_yaml(tmp_path: Path) -> None:
+    (tmp_path / "demo.yaml").write_text("title: [")
+    with pytest.raises(ConfigError, match=r"demo.yaml is not YAML: "):
+        load_study(str(tmp_path / "demo.yaml"))
+
+
+def test_a_part_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match=r"^part = 'pqt' is none of ranges, ptq, qat, intervals,"):
+        load_study("digits").runs("pqt", Path())

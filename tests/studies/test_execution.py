@@ -1,0 +1,64 @@
+"""The order of runs, failures, and a worker whose study has gone."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from threading import Lock
+
+import pytest
+
+from tdq_plugin.studies.definition import RunSpec
+from tdq_plugin.studies.execution import PlannedRun, execute, run_in_a_process
+from tdq_plugin.studies.worker import STUDY_GONE
+
+
+def planned(name: str, needs: tuple[str, ...] = (), finished: bool = False) -> PlannedRun:
+    spec = RunSpec(recipe="any", name=name, settings={}, needs=list(needs))
+    return PlannedRun(spec, Path(name), 60.0, finished)
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 4])
+def test_what_is_needed_is_done_first_and_no_more_than_jobs_at_a_time(jobs: int) -> None:
+    runs = [planned("a"), planned("c", needs=("a",)), planned("b"), planned("d", needs=("b", "c"))]
+    now, most, order, lock = 0, 0, [], Lock()
+
+    def do(run: PlannedRun) -> None:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+            assert set(run.spec.needs) <= set(order)
+        time.sleep(0.02)
+        with lock:
+            now -= 1
+            order.append(run.spec.name)
+
+    assert execute(runs, jobs, str, do) == {}
+    assert sorted(order) == ["a", "b", "c", "d"]
+    assert most == min(jobs, 2)
+
+
+def test_a_failure_is_told_and_does_not_stop_the_others() -> None:
+    said: list[str] = []
+    runs = [planned("a"), planned("b", finished=True), planned("c")]
+    failures = execute(runs, 1, said.append, lambda run: "broken" if run.spec.name == "a" else None)
+    assert failures == {"a": "broken"}
+    assert said == ["[1/2] a FAILED: broken (about 1 min left)", "[2/2] c (done)"]
+
+
+def test_the_failure_of_a_process_is_the_last_line_of_its_log(tmp_path: Path) -> None:
+    failure = run_in_a_process(planned("a"), tmp_path / "logs")
+    assert failure is not None
+    assert failure.startswith("exit code 1: No recipe is called 'any'. Recipes: ddim-digits-ptq,")
+    assert failure.endswith(f"(see {tmp_path / 'logs' / 'a.log'})")
+
+
+def test_a_worker_ends_with_the_study_that_started_it() -> None:
+    command = [sys.executable, "-m", "tdq_plugin.studies.worker", "digits-classifier"]
+    worker = subprocess.Popen([*command, "epochs=100000"], stdin=subprocess.PIPE)
+    with pytest.raises(subprocess.TimeoutExpired):
+        worker.wait(0.2)
+    assert worker.stdin is not None
+    worker.stdin.close()
+    assert worker.wait(60) == STUDY_GONE

@@ -1,0 +1,78 @@
+"""Figures of runs that leave more than rows: layers over time, scales over training."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tdq_plugin.grid import activation_grid
+from tdq_plugin.studies.definition import Part
+from tdq_plugin.studies.figures import FIGURES
+from tdq_plugin.studies.results import FinishedRun, groups_of, load_run
+from tdq_plugin.study import temporal_dynamics
+from tdq_plugin.table import ScaleTable
+
+PNG = b"\x89PNG"
+
+
+def layers_run(folder: Path) -> FinishedRun:
+    timesteps = torch.tensor([0.0, 250.0, 500.0, 750.0])
+    still, moving = torch.ones(4), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    layers = {
+        name: {
+            "low": (-values).tolist(),
+            "high": values.tolist(),
+            "deviation": values.tolist(),
+            "static_error": [0.2] * 4,
+            "timestep_error": [0.1] * 4,
+        }
+        for name, values in {"still": still, "moving": moving}.items()
+    }
+    deviations = torch.stack([still, moving])
+    report = {
+        "bits": "W4A4",
+        "timesteps": timesteps.tolist(),
+        "layers": layers,
+        "temporal_dynamics": temporal_dynamics(timesteps, deviations, deviations).as_dict(),
+    }
+    folder.mkdir()
+    (folder / "report.json").write_text(json.dumps(report))
+    (folder / "config.json").write_text("{}")
+    return load_run(folder)
+
+
+def test_ranges_and_their_correlation(tmp_path: Path) -> None:
+    run = layers_run(tmp_path / "ranges")
+    bands, correlations = FIGURES["ranges"]([], [run])
+    (errors,) = FIGURES["rounding_errors"]([], [run])
+    assert all(picture.png.startswith(PNG) for picture in (bands, correlations, errors))
+    assert "Over 0.5 in 50% of the layers" in correlations.caption
+    assert "is 2.50 in the median layer" in correlations.caption
+
+
+def test_the_scales_during_training_come_from_the_run(make_run: Callable[..., FinishedRun]) -> None:
+    run = make_run("trained", "W4A4", 0, {"TDQ": ("tdq", "fake", 0.1, 0.2)})
+    grids = {"a": activation_grid(4), "b": activation_grid(4)}
+    for step in (0, 10):
+        scales = torch.tensor([[0.1, 0.1], [0.1 + step, 0.1]])
+        table = ScaleTable(grids, torch.tensor([0.0, 500.0]), scales, torch.zeros(1, 2))
+        table.save(run.folder / "scales" / "tdq" / f"{step}.safetensors")
+    (picture,) = FIGURES["training"]([], [run])
+    assert picture.png.startswith(PNG)
+    assert "The 2 layers" in picture.caption
+
+
+def test_quality_over_the_number_of_steps(make_run: Callable[..., FinishedRun]) -> None:
+    runs = []
+    for steps in (100, 10):
+        run = make_run(f"{steps}", "W4A4", 0, {"TDQ": ("tdq", "fake", 0.1, 0.2)})
+        (run.folder / "config.json").write_text(json.dumps({**run.config, "steps": steps}))
+        runs.append(load_run(run.folder))
+    values = {"title": "x", "question": "x", "paper": "x", "group_by": "steps"}
+    part = Part.model_validate({**values, "runs": [{"recipe": "any", "name": "any"}]})
+    groups = groups_of(part, runs)
+    assert [group.name for group in groups] == ["100", "10"]
+    distance, error = FIGURES["steps"](groups, runs)
+    assert distance.png.startswith(PNG)
+    assert distance.png != error.png
