@@ -37,7 +37,8 @@ SMALL = [
     "reconstruction.batch_size=4",
     "evaluation.samples=100",
     "evaluation.trajectories=16",
-    "correction.methods=[]",
+    "correction.methods=[tdq]",
+    "correction.images=8",
     "latency_rounds=2",
 ]
 SEEN, UNSEEN = [0, 250, 500, 750], [125, 375, 625, 875]
@@ -68,13 +69,18 @@ def test_the_report_has_a_row_for_every_method_and_execution(report: dict[str, A
     rows = {(row["method"], row["execution"]) for row in report["rows"]}
     expected = {(METHODS[name].title, "int8") for name in INT8}
     expected |= {(METHODS[name].title, "fake") for name in FAKE}
+    expected |= {("TDQ, corrected", "int8")}
     assert rows == expected | {("float32", "float32")}
     assert len(report["rows"]) == len(rows)
     assert set(report["methods"]) == {METHODS[name].title for name in (*INT8, *FAKE)}
     for row in report["rows"][1:]:
         assert row["samples"] == 100
         assert "digit classifier" in row["feature_space"]
-        assert all(row[metric] > 0 for metric in METRICS)
+        known = {metric for metric in METRICS if row[metric] is not None}
+        assert all(row[metric] > 0 for metric in known)
+        # The correction belongs to the sampler's timesteps.
+        corrected = row["method"].endswith("corrected")
+        assert set(METRICS) - known == ({"trajectory_mse_unseen"} if corrected else set())
 
 
 def test_the_report_tells_where_its_numbers_come_from(report: dict[str, Any]) -> None:
@@ -191,6 +197,12 @@ def test_the_saved_model_has_the_timesteps_of_its_sampler(finished: Path) -> Non
         model(x, 125)
 
 
+def test_the_saved_model_comes_with_its_correction(finished: Path) -> None:
+    correction = tdq.load_correction(finished / "model" / "output_correction.safetensors")
+    assert correction.timesteps.tolist() == SEEN
+    assert correction.offsets.shape[1:] == (1, 16, 16)
+
+
 def test_an_interrupted_run_goes_on(
     overrides: list[str], report: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,7 +222,7 @@ def test_an_interrupted_run_goes_on(
         trained = count_calls(patch, ptq_quantize, "apply_method")
         drawn = count_calls(patch, evaluation, "sample")
         folder = PTQ.run(config)
-    assert (len(trained), len(drawn)) == (0, 2)
+    assert (len(trained), len(drawn)) == (0, 3)
     assert json.loads((folder / "report.json").read_text())["rows"] == report["rows"]
 
 
@@ -307,6 +319,10 @@ def test_bits_and_steps_can_be_chosen() -> None:
         ("int8_methods=[lsq, tdq, dynamic]", r"^int8_methods = .*dynamic has no table"),
         ("calibration.images=0", r"^calibration\.images = 0: Input should be greater than 0"),
         ("reconstruction.granularity=x", r"^reconstruction\.granularity = 'x': Input should be"),
+        (
+            "correction.methods=[dynamic]",
+            r"^correction = .*\['dynamic'\] are not among int8_methods",
+        ),
         ("evaluation.seed=0", r"^evaluation = .*calibration would see the noise of the test"),
     ],
 )
