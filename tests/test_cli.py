@@ -21,7 +21,7 @@ def tdq(*arguments: object) -> Result:
 def test_help_lists_the_verbs() -> None:
     result = tdq("--help")
     assert result.exit_code == 0
-    for verb in ("recipes", "run", "inspect", "doctor"):
+    for verb in ("recipes", "run", "study", "inspect", "doctor"):
         assert verb in result.stdout
 
 

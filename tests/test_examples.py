@@ -4,7 +4,12 @@ import importlib.util
 from pathlib import Path
 
 import onnx
+import pytest
 import torch
+from diffusers import DDIMPipeline, DDIMScheduler
+from diffusers_models import tiny_unet
+
+from tdq_plugin.deploy.openvino import OVDenoiser
 
 FOLDER = Path(__file__).parents[1] / "examples"
 
@@ -17,7 +22,7 @@ def load(name):
 
 
 def test_every_example_is_tested():
-    assert {path.stem for path in FOLDER.glob("*.py")} == {"brevitas_qat"}
+    assert {path.stem for path in FOLDER.glob("*.py")} == {"brevitas_qat", "nncf_qat"}
 
 
 def test_brevitas_qat(tmp_path, capsys):
@@ -33,3 +38,23 @@ def test_brevitas_qat(tmp_path, capsys):
     resumed = torch.load(tmp_path / "model.pt", weights_only=True)
     assert saved.keys() == resumed.keys()
     assert all(torch.equal(saved[name], resumed[name]) for name in saved)
+
+
+def test_nncf_qat(tmp_path, capsys, monkeypatch):
+    example = load("nncf_qat")
+    model, results = tmp_path / "model", tmp_path / "results"
+    pipeline = DDIMPipeline(tiny_unet(sample_size=16), DDIMScheduler())
+    pipeline.save_pretrained(model)
+    monkeypatch.setattr(example, "MODEL", model)
+    options = {"sampling_steps": 2, "activation_bits": 4, "results": results}
+    errors = example.main(steps=2, **options)
+    assert "step 0: loss" in capsys.readouterr().out
+    assert errors["torch, after"] != errors["torch, before"]
+    for state in ("before", "after"):
+        fake, int8 = errors[f"torch, {state}"], errors[f"OpenVINO, {state}"]
+        assert 0 < int8 == pytest.approx(fake, rel=0.05)
+    assert (results / "samples.png").read_bytes().startswith(b"\x89PNG")
+    assert OVDenoiser.load(results / "openvino").model.report.lost_layers == []
+    # A second run starts where the first one ended.
+    again = example.main(steps=0, **options)
+    assert again["torch, before"] == errors["torch, after"]

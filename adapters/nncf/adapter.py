@@ -6,6 +6,7 @@ from nncf.torch.function_hook.wrapper import is_wrapped
 from nncf.torch.quantization.layers import BaseQuantizer
 from torch import nn
 
+from tdq_plugin.adapters.nncf.placement import quantized_timestep_operation
 from tdq_plugin.adapters.nncf.quantizer import TDQQuantizer
 from tdq_plugin.attach import scale_bank
 from tdq_plugin.errors import AdapterError
@@ -32,11 +33,7 @@ class NNCFAdapter:
     def quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
         found = _tdq_quantizers(model)
         if not found:
-            raise AdapterError(
-                "The model is as nncf.quantize returned it. Call "
-                "tdq_plugin.adapters.nncf.prepare(model, example_inputs) first. By default NNCF "
-                "quantizes the timestep, too: nncf.quantize needs **tdq_quantize_settings()."
-            )
+            raise AdapterError(_what_is_missing(model))
         return {str(quantizer.name): quantizer for quantizer in found}
 
     @staticmethod
@@ -47,6 +44,21 @@ class NNCFAdapter:
             scales, zero_points = torch.tensor(start, device=bank.device).unbind(1)
             bank.set_static(scales, zero_points)
         connect_rows(model, timestep_argument)
+
+
+def _what_is_missing(model: nn.Module) -> str:
+    """What a model needs that is as `nncf.quantize` returned it."""
+    operation = quantized_timestep_operation(model)
+    if operation is not None:
+        return (
+            f"NNCF quantized the timestep's own path (the operation {operation!r}), so near "
+            "timesteps become one. Quantize the float model by nncf.quantize(model, dataset, "
+            "**tdq_quantize_settings()), then call tdq_plugin.adapters.nncf.prepare."
+        )
+    return (
+        "The model is as nncf.quantize returned it. Call tdq_plugin.adapters.nncf.prepare(model, "
+        "example_inputs) before attach: NNCF's hooks do not say which layers they belong to."
+    )
 
 
 def _tdq_quantizers(model: nn.Module) -> list[TDQQuantizer]:

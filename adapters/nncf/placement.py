@@ -1,5 +1,6 @@
 """What each of NNCF's quantizers quantizes, read off NNCF's graph of a call of the model."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,7 +14,10 @@ from nncf.torch.quantization.default_quantization import DEFAULT_PT_QUANT_TRAIT_
 from nncf.torch.quantization.layers import BaseQuantizer
 from torch import nn
 
-__all__ = ["Operand", "Site", "find_sites", "layers"]
+from tdq_plugin.adapters.nncf.settings import TIMESTEP_PATTERNS
+from tdq_plugin.timestep import TIMESTEP_NAMES
+
+__all__ = ["Operand", "Site", "find_sites", "layers", "quantized_timestep_operation"]
 
 # Positions of the arguments that an operation multiplies.
 _OPERANDS = {metatype: (0, 1) for metatype in (*CONV_META_TYPES, om.PTLinearMetatype)} | {
@@ -91,6 +95,22 @@ def layers(sites: list[Site]) -> list[str]:
         for operand in site.operands
     }
     return [layer for _, layer in sorted(found.items()) if layer is not None]
+
+
+def quantized_timestep_operation(model: nn.Module) -> str | None:
+    """An operation on the timestep's own path that NNCF quantized, as far as names tell.
+
+    Without a call of the model there is no graph; the names of hooks know the model's arguments
+    and the modules of diffusers' time embeddings.
+    """
+    for name, module in get_hook_storage(model).named_hooks():
+        _, operation, _ = decode_hook_name(name)
+        is_timestep = operation in TIMESTEP_NAMES or any(
+            re.fullmatch(pattern, operation) for pattern in TIMESTEP_PATTERNS
+        )
+        if is_timestep and isinstance(module, BaseQuantizer):
+            return str(operation)
+    return None
 
 
 def _site(

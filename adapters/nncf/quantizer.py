@@ -26,8 +26,8 @@ class TDQQuantizer(ActivationQuantizer, StatefulModuleInterface):
     """A hook in NNCF's storage: NNCF's own rounding around a static range, rescaled by t.
 
     With a scale of `g * static_scale` it computes `g * Q(x / g)`, where Q is what NNCF computes
-    for the static range; at g = 1 the values are NNCF's own, bit for bit. The gradients are those
-    of `tdq_plugin.fake_quantize`.
+    for the static range; at g = 1 the values are NNCF's own, bit for bit, if its range has a code
+    for zero. The gradients are those of `tdq_plugin.fake_quantize`.
 
     Args:
         grid: The integer codes.
@@ -119,10 +119,16 @@ def _range(native: BaseQuantizer) -> tuple[Tensor, Tensor]:
         low = high * (native.level_low / native.level_high)
         return low, high - low
     assert isinstance(native, AsymmetricQuantizer)
-    tuned: tuple[Tensor, Tensor] = TuneRange.apply(
+    low, width = TuneRange.apply(
         native.input_low, native.input_range.abs() + native.eps, native.levels
     )
-    return tuned
+    # NNCF makes zero a code by this, but not where it lies within half a step of a limit.
+    last = native.levels - 1
+    zero_point = (-low * last / width).round()
+    high = torch.where(zero_point == last, 0, low + width)
+    aligned_low = torch.where(zero_point == 0, 0, low)
+    is_edge = (zero_point == 0) | (zero_point == last)
+    return aligned_low, torch.where(is_edge, high - aligned_low, width)
 
 
 class _ValueOf(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ class StrippedModel(nn.Module):
         bank: The table that was frozen.
         ratios: `g(t)` of every activation quantizer, shape `(T, L)`.
         reciprocals: `1 / g(t)`, shape `(T, L)`.
+        quantizers: The activation quantizers, in the order of the table.
     """
 
     ratios: Tensor
@@ -90,10 +92,14 @@ class StrippedModel(nn.Module):
         self.timestep_argument = timestep_argument
         self.sample_argument = next(name for name in arguments if name != timestep_argument)
         self._now = Ratios()
-        _exchange(model, quantizers, base, bank, self._now)
+        plain = _plain_quantizers(quantizers, base, bank, self._now)
+        _exchange(model, dict(zip(quantizers, plain, strict=True)))
         disconnect_rows(model)
         del model.scale_bank
         self.bank, self.model = bank, model.eval()
+        # Registered again, and last: tracers name a module by the path that they see last, and
+        # those of NNCF's hooks hold slashes, which OpenVINO cuts.
+        self.quantizers = nn.ModuleList(plain)
 
     def forward(self, sample: Tensor, timestep: Tensor | float, **conditions: Any) -> Tensor:
         """Denoise.
@@ -146,26 +152,23 @@ def _base_scales(quantizers: list[TDQQuantizer], bank: FrozenBank) -> Tensor:
     return torch.where(_moves(bank), static, bank.scales[0])
 
 
-def _exchange(
-    model: nn.Module,
-    quantizers: list[TDQQuantizer],
-    base: Tensor,
-    bank: FrozenBank,
-    ratios: Ratios,
-) -> None:
+def _plain_quantizers(
+    quantizers: list[TDQQuantizer], base: Tensor, bank: FrozenBank, ratios: Ratios
+) -> list[RescaledFakeQuantize]:
     rows = [row if moves else None for row, moves in enumerate(_moves(bank).tolist())]
     zero_points = [int(value) for value in bank.zero_points[0].tolist()]
     settings = zip(quantizers, base.tolist(), zero_points, rows, strict=True)
-    plain: dict[nn.Module, nn.Module] = {
-        quantizer: RescaledFakeQuantize(quantizer, scale, zero_point, row, ratios)
-        for quantizer, scale, zero_point, row in settings
-    }
-    storage = get_hook_storage(model)
+    return [RescaledFakeQuantize(*setting, ratios) for setting in settings]
+
+
+def _exchange(model: nn.Module, plain: Mapping[nn.Module, nn.Module]) -> None:
+    """Put plain quantizers in the place of NNCF's hooks, those of weights as well."""
+    storage, exchanged = get_hook_storage(model), dict(plain)
     for name, hook in list(storage.named_hooks(remove_duplicate=False)):
         if isinstance(hook, BaseQuantizer):
-            plain.setdefault(hook, FakeQuantizeWeight(hook))
-        if hook in plain:
-            storage.set_submodule(name, plain[hook])
+            exchanged.setdefault(hook, FakeQuantizeWeight(hook))
+        if hook in exchanged:
+            storage.set_submodule(name, exchanged[hook])
 
 
 def _tensor(output: Any) -> Tensor:

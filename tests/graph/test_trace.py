@@ -2,10 +2,12 @@
 
 import copy
 import warnings
+from functools import cache
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel
+from diffusers_models import tiny_unet
 from torch import Tensor, fx, nn
 from torch.ao.quantization import QConfigMapping, get_default_qat_qconfig
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
@@ -26,18 +28,7 @@ TIMESTEPS = [
 
 
 def unet(**options) -> nn.Module:
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=3,
-        out_channels=3,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        attention_head_dim=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        **options,
-    )
+    return tiny_unet(in_channels=3, out_channels=3, **options)
 
 
 def conditional_unet(**options) -> nn.Module:
@@ -103,14 +94,8 @@ def text_time_unet() -> nn.Module:
 
 
 def fir_unet() -> nn.Module:
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=3,
-        out_channels=3,
-        layers_per_block=1,
+    return unet(
         block_out_channels=(32, 32),
-        norm_num_groups=4,
-        attention_head_dim=8,
         down_block_types=("SkipDownBlock2D", "AttnSkipDownBlock2D"),
         up_block_types=("AttnSkipUpBlock2D", "SkipUpBlock2D"),
     )
@@ -136,11 +121,17 @@ def reference(model: nn.Module, inputs: dict) -> Tensor:
     return model(**inputs, return_dict=False)[0]
 
 
+@cache
+def traced_once(build, make_inputs) -> tuple[nn.Module, fx.GraphModule]:
+    """For tests that change neither."""
+    model = build().eval()
+    return model, trace(model, make_inputs(2))
+
+
 @pytest.mark.parametrize("timestep", TIMESTEPS)
 @pytest.mark.parametrize(("build", "make_inputs"), MODELS)
 def test_graph_equals_model_at_another_batch_size(build, make_inputs, timestep):
-    model = build().eval()
-    graph_module = trace(model, make_inputs(2))
+    model, graph_module = traced_once(build, make_inputs)
     inputs = {**make_inputs(3), "timestep": timestep}
     with torch.no_grad():
         torch.testing.assert_close(graph_module(**inputs), reference(model, inputs), rtol=0, atol=0)
@@ -164,7 +155,7 @@ def test_graph_traced_at_batch_one_serves_mixed_timesteps():
 
 
 def test_timestep_matters():
-    graph_module = trace(unet().eval(), image(1))
+    _, graph_module = traced_once(unet, image)
     sample = torch.randn(1, 3, 8, 8)
     assert not torch.equal(graph_module(sample, 0), graph_module(sample, 999))
 
@@ -176,8 +167,7 @@ def test_inputs_are_the_example_arguments_under_their_names():
 
 
 def test_leaf_modules_keep_their_names_and_are_shared():
-    model = conditional_unet()
-    graph_module = trace(model, prompted_image(2))
+    model, graph_module = traced_once(conditional_unet, prompted_image)
     called = {node.target for node in graph_module.graph.find_nodes(op="call_module")}
     layers = {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     assert layers <= called
@@ -185,7 +175,7 @@ def test_leaf_modules_keep_their_names_and_are_shared():
 
 
 def test_every_node_knows_the_module_that_ran_it():
-    graph = trace(unet(), image(2)).graph
+    graph = traced_once(unet, image)[1].graph
     paths = {str(node.target): node.meta["module_path"] for node in graph.nodes}
     assert paths["down_blocks.0.resnets.0.conv1"] == "down_blocks.0.resnets.0"
     assert paths["mid_block.attentions.0.to_out.0"] == "mid_block.attentions.0"
@@ -322,7 +312,7 @@ def test_tracing_leaves_model_and_example_alone():
 
 
 def test_graph_with_a_timestep_node_is_returned_as_it_is():
-    graph_module = trace(unet(), image(2))
+    _, graph_module = traced_once(unet, image)
     assert trace(graph_module, image(2)) is graph_module
 
 

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler
+from diffusers_models import tiny_unet
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
 import tdq_plugin as tdq
@@ -17,19 +18,7 @@ EXAMPLE = (torch.randn(2, 1, 8, 8), torch.tensor([3, 400]))
 
 @pytest.fixture(scope="session")
 def unet():
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=4,
-        resnet_time_scale_shift="scale_shift",
-    ).eval()
+    return tiny_unet(attention_head_dim=4, resnet_time_scale_shift="scale_shift").eval()
 
 
 @pytest.fixture(scope="session")

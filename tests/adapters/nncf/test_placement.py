@@ -6,6 +6,7 @@ import nncf
 import pytest
 import torch
 from contract.networks import BATCHES, STEPS, TinyDenoiser, example_inputs
+from diffusers_models import tiny_unet
 from nncf.common.quantization.structs import QuantizationScheme
 from nncf.quantization.advanced_parameters import QuantizationParameters
 from nncf.torch.function_hook import get_hook_storage
@@ -47,20 +48,7 @@ def advanced(overflow_fix=nncf.OverflowFix.DISABLE, weights=None):
 @pytest.fixture(scope="module")
 def unet():
     """A real UNet of diffusers, which returns no tensor; with attention and an interpolation."""
-    from diffusers import UNet2DModel
-
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=8,
-    ).eval()
+    return tiny_unet().eval()
 
 
 @pytest.fixture(scope="module")
@@ -156,13 +144,33 @@ def test_calls_and_shared_quantizers():
 def test_timestep_that_nncf_quantized():
     model = nncf.quantize(TinyDenoiser().eval(), nncf.Dataset(BATCHES))
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(AdapterError, match=r"tdq_plugin\.adapters\.nncf\.prepare.*timestep, too"):
+    message = r"timestep's own path \(the operation 'time_embedding/linear/0'\).*_settings\(\)\)"
+    with pytest.raises(AdapterError, match=message):
         tdq.attach(model)
     with pytest.raises(AdapterError, match=r"timestep's own path: 'post_hooks\..*settings\(\)\)"):
         prepare(model, example_inputs())
     after = model.state_dict()
     assert state.keys() == after.keys()
     assert all(torch.equal(after[name], value) for name, value in state.items())
+
+
+class Plain(nn.Module):
+    """A model that has no module of a usual name on the timestep's path."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.layer = nn.Linear(1, 64), nn.Conv2d(1, 64, 3)
+
+    def forward(self, sample, t):
+        return self.layer(sample) + self.first(t.reshape(-1, 1)).tanh()[:, :, None, None]
+
+
+def test_attach_names_the_timestep_or_what_is_missing(quantized):
+    model = nncf.quantize(Plain().eval(), nncf.Dataset([(x, t.float()) for x, t in BATCHES]))
+    with pytest.raises(AdapterError, match=r"timestep's own path \(the operation 't'\)"):
+        tdq.attach(model)
+    with pytest.raises(AdapterError, match=r"nncf\.prepare\(model, example_inputs\) before attach"):
+        tdq.attach(quantized())
 
 
 def test_timestep_patterns():

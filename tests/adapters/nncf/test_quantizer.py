@@ -6,7 +6,12 @@ import pytest
 import torch
 from contract.networks import BATCHES, STEPS, example_inputs
 from nncf.torch.function_hook import get_hook_storage
-from nncf.torch.quantization.layers import BaseQuantizer, SymmetricQuantizer
+from nncf.torch.quantization.layers import (
+    AsymmetricQuantizer,
+    BaseQuantizer,
+    PTQuantizerSpec,
+    SymmetricQuantizer,
+)
 
 import tdq_plugin as tdq
 from tdq_plugin.adapters.nncf import TDQQuantizer, prepare
@@ -64,6 +69,26 @@ def test_every_constant_scale_is_nncf_s_quantizer_rescaled(quantized, symmetric)
             with torch.no_grad():
                 ours = quantizer.forward(x, scale, zero_point)
                 assert torch.equal(ours, native(x / g) * g)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-0.278, 9.87), (-9.87, 0.278), (-0.278, 0.278)])
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_zero_is_a_code(low, high, bits):
+    """NNCF leaves zero between two codes where a range has less than half a step on one side."""
+    options = dict.fromkeys(("narrow_range", "half_range", "logarithm_scale"), False)
+    options |= {"mode": "asymmetric", "signedness_to_force": None, "scale_shape": (1,)}
+    native = AsymmetricQuantizer(PTQuantizerSpec(num_bits=bits, **options))
+    native.input_low.data.fill_(low)
+    native.input_range.data.fill_(high - low)
+    quantizer = TDQQuantizer.from_native(native, "layer.input", 0)
+    scale, zero_point = quantizer.static_scale[None], quantizer.static_zero_point[None]
+    assert quantizer.static_low / scale == pytest.approx(-zero_point, abs=1e-4)
+    x = torch.linspace(1.2 * low, 1.2 * high, 1001)
+    with torch.no_grad():
+        ours = quantizer.forward(x, scale, zero_point)
+    theirs = fake_quantize(x, scale, zero_point, 0, 2**bits - 1)
+    assert quantizer.forward(torch.zeros(1), scale, zero_point) == 0
+    assert ((ours - theirs).abs() > 0.5 * scale).sum() <= 2
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)

@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 from contract.networks import BATCHES, STEPS, TinyDenoiser, example_inputs
+from diffusers_models import tiny_unet
 from torch import fx, nn
 from torch.ao.quantization.quantize_fx import prepare_fx, prepare_qat_fx
 
@@ -50,20 +51,7 @@ def _frozen(activations, weights, **options):
 @pytest.fixture(scope="session")
 def unet() -> nn.Module:
     """A real UNet of diffusers with 41 quantizable layers and attention."""
-    from diffusers import UNet2DModel
-
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=8,
-    ).eval()
+    return tiny_unet().eval()
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from deploy.networks import frozen
-from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, LDMPipeline, UNet2DModel
+from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, LDMPipeline
+from diffusers_models import one_level_unet
 
 from tdq_plugin.deploy.openvino import OVDenoiser, load_openvino, save_openvino, to_openvino
 from tdq_plugin.errors import TableFormatError
@@ -22,18 +23,7 @@ def scheduler():
 
 @pytest.fixture(scope="module")
 def unet():
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=4,
-        attention_head_dim=8,
-    ).eval()
+    return one_level_unet(in_channels=4, out_channels=4).eval()
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +76,13 @@ def test_it_answers_like_a_unet(denoiser, unet):
     assert denoiser(sample.double(), 750).sample.dtype == torch.float64
     assert (denoiser.dtype, denoiser.device) == (unet.dtype, unet.device)
     assert denoiser.config.sample_size == unet.config["sample_size"]
+
+
+def test_a_unet_from_a_folder(denoiser, unet, tmp_path):
+    unet.save_pretrained(tmp_path / "float")
+    config = type(unet).from_pretrained(tmp_path / "float").config
+    OVDenoiser(denoiser.model, config).save(tmp_path / "model")
+    assert OVDenoiser.load(tmp_path / "model").config.sample_size == config["sample_size"]
 
 
 def test_a_folder_without_configuration(denoiser, tmp_path):

@@ -4,7 +4,8 @@ import copy
 
 import torch
 from deploy.networks import frozen
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler
+from diffusers_models import one_level_unet
 from typer.testing import CliRunner
 
 from tdq_plugin.cli import app
@@ -16,18 +17,7 @@ ENVIRONMENT = {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
 
 def saved_model(folder):
     """A folder as the recipes write it."""
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=4,
-        attention_head_dim=8,
-    ).eval()
+    unet = one_level_unet().eval()
     scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2")
     scheduler.set_timesteps(4)
     batches = [(torch.randn(4, 1, 8, 8), torch.full((4,), int(t))) for t in scheduler.timesteps]

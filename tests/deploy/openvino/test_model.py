@@ -1,13 +1,19 @@
 """Calling a converted model, and its folder."""
 
 import json
+import runpy
+import sys
 
+import numpy as np
+import openvino as ov
 import pytest
 import torch
 from contract.networks import STEPS
 from deploy.networks import SAMPLE
 
+import tdq_plugin.deploy.openvino
 from tdq_plugin.deploy.openvino import load_openvino, save_openvino
+from tdq_plugin.deploy.openvino.precision import DEFAULT_PROPERTIES
 from tdq_plugin.errors import AdapterError, LookupRuleError, TableFormatError, TimestepError
 
 NAMES = ("openvino_model.xml", "openvino_model.bin", "scale_table.safetensors", "quantization.json")
@@ -75,6 +81,24 @@ def test_a_folder_holds_the_model(tiny, tmp_path):
     save_openvino(loaded, tmp_path / "again")
     weights = [(tmp_path / f / "openvino_model.bin").read_bytes() for f in ("model", "again")]
     assert weights[0] == weights[1]
+
+
+def test_every_runtime_reads_the_file_and_takes_the_nearest_row(tiny, tmp_path):
+    _, model = tiny
+    save_openvino(model, tmp_path / "model")
+    read = ov.Core().read_model(tmp_path / "model" / "openvino_model.xml")
+    compiled = ov.Core().compile_model(read, "CPU", DEFAULT_PROPERTIES)
+    for timesteps in ([240.0], [990.0, 10, 240, 590]):
+        output = compiled({"sample": SAMPLE.numpy(), "timestep": np.float32(timesteps)})[0]
+        nearest = [min(STEPS, key=lambda step: abs(step - t)) for t in timesteps]
+        expected = model(SAMPLE, torch.tensor(nearest))
+        torch.testing.assert_close(torch.from_numpy(output), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_openvino_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(AdapterError, match=r"pip install 'tdq-plugin\[openvino\]'"):
+        runpy.run_path(tdq_plugin.deploy.openvino.__file__)
 
 
 @pytest.mark.parametrize("name", NAMES)
