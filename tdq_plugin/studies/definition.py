@@ -148,7 +148,7 @@ def load_study(name: str, samples: int | None = None) -> StudyDefinition:
 
     Example:
         >>> list(load_study("digits").parts)[:2]
-        ['ptq', 'qat']
+        ['ranges', 'ptq']
     """
     path = FOLDER / f"{name}.yaml" if name in STUDIES else Path(name)
     if not path.is_file():

@@ -32,6 +32,7 @@ SMALL = [
     "reconstruction.batch_size=4",
     "evaluation.samples=100",
     "evaluation.trajectories=16",
+    "correction.methods=[]",
     "latency_rounds=2",
 ]
 PTQ = find_recipe("ddim-digits-ptq")
