@@ -6,8 +6,9 @@ BIN := .venv/bin
 demo: .venv/recipes.stamp
 	$(BIN)/tdq run ddim-digits-ptq
 
+# A file's tests stay in one process: they share trained and converted models.
 test: .venv/all.stamp
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # mypy does not follow an editable install, so it reads an installed copy.
 lint: .venv/all.stamp
