@@ -6,9 +6,8 @@ BIN := .venv/bin
 demo: .venv/recipes.stamp
 	$(BIN)/tdq run ddim-digits-ptq
 
-# A file's tests stay in one process: they share trained and converted models.
 test: .venv/all.stamp
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2
 
 # mypy does not follow an editable install, so it reads an installed copy.
 lint: .venv/all.stamp
