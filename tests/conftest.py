@@ -1,12 +1,16 @@
 """One thread per test process, and Hypothesis examples that are the same on every run."""
 
 import os
+import sys
+from pathlib import Path
 
 import torch
 from hypothesis import settings
 
 # NNCF compiles its kernels on first use, while the other test process may be busy: seconds.
-os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "600")
+os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "300")
+# In the user's cache, the lock of a build that was killed would stop every run of the tests.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 torch.set_num_threads(1)
 settings.register_profile("tdq", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("tdq")
