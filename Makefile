@@ -7,7 +7,7 @@ demo: .venv/recipes.stamp
 	$(BIN)/tdq run ddim-digits-ptq
 
 test: .venv/all.stamp
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # mypy does not follow an editable install, so it reads an installed copy.
 lint: .venv/all.stamp

@@ -1,28 +1,24 @@
 """A tiny DDIM and a tiny LDM with random weights."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, LDMPipeline, UNet2DModel
-from diffusers_models import tiny_unet
-
-
-def unet(**changes: Any) -> UNet2DModel:
-    return tiny_unet(resnet_time_scale_shift="scale_shift", **changes)
+from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, LDMPipeline
+from diffusers_models import one_level_unet, tiny_unet
 
 
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "pipeline"
-    DDIMPipeline(unet(sample_size=16), DDIMScheduler()).save_pretrained(folder)
+    denoiser = one_level_unet(sample_size=16, resnet_time_scale_shift="scale_shift")
+    DDIMPipeline(denoiser, DDIMScheduler()).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_latent_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images 1x16x16, latents 2x8x8."""
-    denoiser = unet(in_channels=2, out_channels=2)
+    denoiser = tiny_unet(in_channels=2, out_channels=2, resnet_time_scale_shift="scale_shift")
     autoencoder = AutoencoderKL(
         sample_size=16,
         in_channels=1,
