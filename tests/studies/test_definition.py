@@ -127,7 +127,9 @@ def test_mistakes(tmp_path: Path, change: Any, message: str) -> None:
 
 
 def test_a_study_that_is_not_there() -> None:
-    with pytest.raises(ConfigError, match=r"^No study is called 'digit'. Studies: digits; or give"):
+    with pytest.raises(
+        ConfigError, match=r"^No study is called 'digit'. Studies: digits, learning-rates; or give"
+    ):
         load_study("digit")
 
 
