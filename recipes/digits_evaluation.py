@@ -15,7 +15,7 @@ from tdq_plugin.recipes.float_model import FloatModel
 from tdq_plugin.recipes.reference import cached_images
 from tdq_plugin.recipes.sampling import sample, scheduler_with
 
-__all__ = ["EvaluationSection", "make_evaluator"]
+__all__ = ["EvaluationSection", "float_images", "make_evaluator"]
 
 
 class EvaluationSection(Section):
@@ -39,24 +39,15 @@ def make_evaluator(
         cache: Where its images are kept.
     """
     generator = torch.Generator().manual_seed(section.seed)
-    noise = torch.randn(2 * section.samples, *model.latent_shape, generator=generator)
-    ordinary = scheduler_with(model.scheduler, steps)
+    noise = _noise(section, model, generator)
+    images = float_images(section, steps, model, folder, cache)
     halfway = model.scheduler.config.num_train_timesteps // (2 * steps)
-
-    def draw() -> Tensor:
-        with tqdm(total=len(noise), desc="float32: images", unit="image") as progress:
-            return sample(
-                model.denoise, ordinary, noise, advance=progress.update, decode=model.decode
-            )
-
-    key = f"{steps} steps, {section.samples} samples, seed {section.seed}"
-    images = cached_images(cache, key, folder, draw)
     trajectory_noise = torch.randn(section.trajectories, *model.latent_shape, generator=generator)
     classifier = load_classifier()
     with tqdm(total=2 * steps, desc="float32: trajectories", unit="step") as progress:
         return Evaluator(
             model.denoise,
-            ordinary,
+            scheduler_with(model.scheduler, steps),
             unseen=scheduler_with(model.scheduler, steps, offset=halfway),
             noise=noise[: section.samples],
             images=images[: section.samples],
@@ -68,3 +59,28 @@ def make_evaluator(
             classify=classifier,
             advance=progress.update,
         )
+
+
+def float_images(
+    section: EvaluationSection, steps: int, model: FloatModel, folder: Path, cache: Path
+) -> Tensor:
+    """The float model's images; the arguments are those of `make_evaluator`.
+
+    Returns:
+        Twice `section.samples` images: those that methods are compared with, and as many others.
+    """
+
+    def draw() -> Tensor:
+        noise = _noise(section, model, torch.Generator().manual_seed(section.seed))
+        scheduler = scheduler_with(model.scheduler, steps)
+        with tqdm(total=len(noise), desc="float32: images", unit="image") as progress:
+            return sample(
+                model.denoise, scheduler, noise, advance=progress.update, decode=model.decode
+            )
+
+    key = f"{steps} steps, {section.samples} samples, seed {section.seed}"
+    return cached_images(cache, key, folder, draw)
+
+
+def _noise(section: EvaluationSection, model: FloatModel, generator: torch.Generator) -> Tensor:
+    return torch.randn(2 * section.samples, *model.latent_shape, generator=generator)

@@ -61,7 +61,7 @@ def errors(groups: Sequence[Group], runs: Sequence[FinishedRun]) -> list[Picture
 def samples(groups: Sequence[Group], runs: Sequence[FinishedRun]) -> list[Picture]:
     """Images of the last group's methods, from the same noise."""
     group = groups[-1]
-    images = {}
+    images = {"float32": group.runs[0].float_images()}
     for name, method in _quantized(group).items():
         run, row = _first(method)
         images[name] = run.images(row)

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tdq_plugin.errors import ConfigError
+from tdq_plugin.recipes.digits_evaluation import EvaluationSection, float_images
+from tdq_plugin.recipes.float_model import load_float_model
 from tdq_plugin.studies.definition import Part
 from tdq_plugin.study.schema import METRICS
 
@@ -33,6 +35,14 @@ class FinishedRun:
     def images(self, row: Mapping[str, Any]) -> Tensor:
         """Images of a row, shape `(N, C, H, W)`."""
         return load_file(self._stored(row).with_suffix(".safetensors"))["images"]
+
+    def float_images(self) -> Tensor:
+        """The float model's images from the same noise; drawn again if they were not kept."""
+        evaluation = EvaluationSection(**self.config["evaluation"])
+        folder, cache = Path(self.config["model"]), self.folder.parent / "float-images"
+        model = load_float_model(folder)
+        images = float_images(evaluation, self.config["steps"], model, folder, cache)
+        return images[: evaluation.samples]
 
     def _stored(self, row: Mapping[str, Any]) -> Path:
         # The suffix is a dummy: `.int8` alone would be replaced.

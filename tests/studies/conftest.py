@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMPipeline, DDIMScheduler
+from diffusers_models import one_level_unet
 from safetensors.torch import save_file
 
 from tdq_plugin.studies.results import FinishedRun, load_run
@@ -28,8 +30,16 @@ def row(
     }
 
 
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The float model of the runs."""
+    folder = tmp_path_factory.mktemp("float") / "pipeline"
+    DDIMPipeline(one_level_unet(sample_size=16), DDIMScheduler()).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def make_run(tmp_path: Path) -> Callable[..., FinishedRun]:
+def make_run(tmp_path: Path, pipeline: Path) -> Callable[..., FinishedRun]:
     """Leave what a run leaves; methods map a title to (key, execution, error, distance)."""
 
     def make(
@@ -50,7 +60,9 @@ def make_run(tmp_path: Path) -> Callable[..., FinishedRun]:
             "noise_floor": {"frechet_distance_to_float": 0.5},
             "command": f"tdq run demo seed={seed}",
         }
-        config = {"bits": bits, "steps": 20, "seed": seed}
+        evaluation = {"samples": 100, "trajectories": 1, "seed": 9}
+        config = {"bits": bits, "steps": 2, "seed": seed}
+        config |= {"model": str(pipeline), "evaluation": evaluation}
         (folder / "report.json").write_text(json.dumps(report))
         (folder / "config.json").write_text(json.dumps(config))
         return load_run(folder)

@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 
 from tdq_plugin.grid import activation_grid
+from tdq_plugin.recipes.float_model import load_float_model
+from tdq_plugin.recipes.sampling import sample, scheduler_with
 from tdq_plugin.studies.definition import Part
 from tdq_plugin.studies.figures import FIGURES
-from tdq_plugin.studies.results import FinishedRun, groups_of, load_run
+from tdq_plugin.studies.results import FinishedRun, Group, groups_of, load_run
 from tdq_plugin.study import temporal_dynamics
 from tdq_plugin.table import ScaleTable
 
@@ -76,3 +78,15 @@ def test_quality_over_the_number_of_steps(make_run: Callable[..., FinishedRun]) 
     distance, error = FIGURES["steps"](groups, runs)
     assert distance.png.startswith(PNG)
     assert distance.png != error.png
+
+
+def test_images_of_the_float_model_come_first(
+    make_run: Callable[..., FinishedRun], pipeline: Path
+) -> None:
+    run = make_run("one", "W4A4", 0, {"TDQ": ("tdq", "fake", 0.1, 0.2)})
+    model = load_float_model(pipeline)
+    noise = torch.randn(16, 1, 16, 16, generator=torch.Generator().manual_seed(9))
+    expected = sample(model.denoise, scheduler_with(model.scheduler, 2), noise)
+    torch.testing.assert_close(run.float_images()[:16], expected, rtol=1e-4, atol=1e-4)
+    (picture,) = FIGURES["samples"]([Group("W4A4", (run,))], [run])
+    assert picture.png.startswith(PNG)
