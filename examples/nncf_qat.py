@@ -1,8 +1,8 @@
 """Quantization-aware training with NNCF and TDQ: the digits DDIM, on OpenVINO's int8 kernels.
 
 Run it by `python examples/nncf_qat.py`; arguments are the numbers of training steps, of sampling
-steps and of the activations' bits, 8 or 4. What it learned is kept in `runs/nncf-qat`, and a second
-run goes on from there.
+steps and of the activations' bits, 4 or 8. The learning rates are for 4; 8 bits need little training.
+What it learned is kept in `runs/nncf-qat`, and a second run goes on from there.
 """
 
 import copy
@@ -33,9 +33,9 @@ Denoiser = UNet2DModel | OVDenoiser
 
 
 def main(
-    steps: int = 300,
+    steps: int = 200,
     sampling_steps: int = 20,
-    activation_bits: int = 8,
+    activation_bits: int = 4,
     results: Path = Path("runs/nncf-qat"),
 ) -> dict[str, float]:
     """Train, convert and sample; return the errors before and after, in torch and on OpenVINO."""
@@ -92,6 +92,7 @@ def train(
 ) -> None:
     """Bring the model's output to the teacher's; weights, their ranges and generators learn."""
     optimizer = torch.optim.AdamW(parameter_groups(model))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     model.train()
     for step in range(steps):
         images = digits[torch.randint(len(digits), (32,))]
@@ -104,6 +105,7 @@ def train(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
         if step % 20 == 0:
             print(f"step {step}: loss {loss.item():.6f}")
     model.eval()
@@ -113,7 +115,7 @@ def parameter_groups(model: UNet2DModel) -> list[dict[str, object]]:
     """The generators learn faster than the weights and their ranges."""
     bank = [value for name, value in model.named_parameters() if name.startswith("scale_bank.")]
     rest = [value for name, value in model.named_parameters() if not name.startswith("scale_bank.")]
-    return [{"params": bank, "lr": 1e-3}, {"params": rest, "lr": 1e-5}]
+    return [{"params": bank, "lr": 1e-3}, {"params": rest, "lr": 1e-4}]
 
 
 def deploy(model: UNet2DModel, scheduler: DDIMScheduler) -> tuple[UNet2DModel, OVDenoiser]:
@@ -140,7 +142,8 @@ def error(
     """Mean squared difference of the two over the sampler's timesteps; the same in every call."""
     generator = torch.Generator().manual_seed(1)
     errors = []
-    for timestep in scheduler.timesteps:
+    # At t = 0 the error is far larger and matters least: hardly any noise is left to remove.
+    for timestep in scheduler.timesteps[:-1]:
         x = noisy(scheduler, digits, timestep.expand(len(digits)), generator)
         errors.append(mse_loss(denoiser(x, timestep).sample, teacher(x, timestep).sample))
     return float(torch.stack(errors).mean())
