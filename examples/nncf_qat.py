@@ -1,8 +1,8 @@
 """Quantization-aware training with NNCF and TDQ: the digits DDIM, on OpenVINO's int8 kernels.
 
 Run it by `python examples/nncf_qat.py`; arguments are the numbers of training steps, of sampling
-steps and of the activations' bits, 4 or 8. The learning rates are for 4; 8 bits need little training.
-What it learned is kept in `runs/nncf-qat`, and a second run goes on from there.
+steps and of the activations' bits, 4 or 8. The learning rates are for 4 bits; 8 need little
+training. What it learned is kept in `runs/nncf-qat`, and a second run goes on from there.
 """
 
 import copy

@@ -5,23 +5,21 @@ from dataclasses import dataclass
 import torch
 from tqdm.auto import tqdm
 
-from tdq_plugin.fit_correction import fit_output_correction
-from tdq_plugin.output_correction import CorrectedDenoiser, OutputCorrection
+from tdq_plugin.output_correction import CorrectedDenoiser
 from tdq_plugin.recipes.digits_evaluation import make_evaluator
 from tdq_plugin.recipes.evaluation import Evaluator
 from tdq_plugin.recipes.float_model import FloatModel, load_float_model
 from tdq_plugin.recipes.frameworks import Framework, load_framework
 from tdq_plugin.recipes.method_states import MethodStates
 from tdq_plugin.recipes.ptq_config import PTQConfig
-from tdq_plugin.recipes.ptq_methods import METHODS
+from tdq_plugin.recipes.ptq_correction import CORRECTED, correction_of
 from tdq_plugin.recipes.ptq_quantize import Start, quantize_method
 from tdq_plugin.recipes.run_state import RunState
 from tdq_plugin.recipes.sampling import Denoiser
 
 __all__ = ["ComparisonRun", "begin", "measure", "quantize"]
 
-# Apart from the seeds of the calibration data.
-CORRECTION_SEED = 2**30
+_CORRECTION_BATCH = 200
 
 
 @dataclass(frozen=True)
@@ -81,29 +79,20 @@ def measure(run: ComparisonRun, states: MethodStates) -> None:
             denoiser = framework.simulate(states.load(name))
             _measure(run, name, "fake", denoiser)
     for name in run.config.correction.methods:
-        row = f"{name}_corrected"
+        row = name + CORRECTED
         if run.state.result(row, framework.execution) is None:
             denoiser = framework.deploy(states.load(name))
-            corrected = CorrectedDenoiser(denoiser, _correction(run, name, denoiser))
+            correction = correction_of(
+                denoiser,
+                run.model,
+                run.evaluator.scheduler,
+                run.state.correction_path(name),
+                run.config.correction.images,
+                run.config.seed,
+                _CORRECTION_BATCH,
+            )
+            corrected = CorrectedDenoiser(denoiser, correction)
             _measure(run, row, framework.execution, corrected, only_sampler=True)
-
-
-def _correction(run: ComparisonRun, name: str, denoiser: Denoiser) -> OutputCorrection:
-    """Fitted on noise of its own, and kept: it belongs to the deployed model."""
-    generator = torch.Generator().manual_seed(run.config.seed + CORRECTION_SEED)
-    images = run.config.correction.images
-    noise = torch.randn(images, *run.model.latent_shape, generator=generator)
-    title = f"{METHODS[name].title}: output correction"
-    with tqdm(desc=title, total=run.config.steps, unit="step") as progress:
-        correction = fit_output_correction(
-            denoiser,
-            run.model.denoise,
-            run.evaluator.scheduler,
-            noise,
-            progress=lambda done, total: progress.update(done - progress.n),
-        )
-    correction.save(run.state.correction_path(name))
-    return correction
 
 
 def _measure(

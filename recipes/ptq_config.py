@@ -7,10 +7,11 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes.bits import Bits
-from tdq_plugin.recipes.config import RecipeConfig, Section
+from tdq_plugin.recipes.config import RecipeConfig
 from tdq_plugin.recipes.digits_evaluation import EvaluationSection
 from tdq_plugin.recipes.frameworks import Framework, FrameworkName
 from tdq_plugin.recipes.ptq_calibration import CalibrationSection
+from tdq_plugin.recipes.ptq_correction import CorrectionSection, row_titles
 from tdq_plugin.recipes.ptq_methods import METHODS, covers_trained_methods, known_methods
 from tdq_plugin.recipes.ptq_training import (
     MethodTraining,
@@ -30,18 +31,6 @@ class RoundingSection(ReconstructionSection):
     """
 
     learn_rounding: bool | None
-
-
-class CorrectionSection(Section):
-    """Rows with an output correction, each besides the row of the method without it.
-
-    Attributes:
-        methods: Of `int8_methods`.
-        images: Samples of the quantized and of the float model that it is fitted on.
-    """
-
-    methods: list[str]
-    images: int = Field(gt=1)
 
 
 class PTQConfig(RecipeConfig):
@@ -116,10 +105,7 @@ class PTQConfig(RecipeConfig):
     @field_validator("correction")
     @classmethod
     def _correct_deployed_methods(cls, section: CorrectionSection, info: ValidationInfo) -> Any:
-        others = sorted(set(section.methods) - set(info.data.get("int8_methods", [])))
-        if others:
-            raise ValueError(f"methods: {others} are not among int8_methods")
-        return section
+        return section.check(info.data.get("int8_methods", []), "int8_methods")
 
     @field_validator("evaluation")
     @classmethod
@@ -142,12 +128,7 @@ class PTQConfig(RecipeConfig):
     @property
     def rows(self) -> dict[str, str]:
         """Names of the report's rows and their titles; a corrected row follows its method."""
-        rows = {}
-        for name in self.methods:
-            rows[name] = METHODS[name].title
-            if name in self.correction.methods:
-                rows[f"{name}_corrected"] = f"{METHODS[name].title}, corrected"
-        return rows
+        return row_titles(self.methods, self.correction.methods)
 
     @property
     def widths(self) -> Bits:

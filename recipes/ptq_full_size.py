@@ -9,21 +9,23 @@ from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 
 from tdq_plugin.files import atomic_file
+from tdq_plugin.output_correction import CorrectedDenoiser
 from tdq_plugin.recipes.float_model import FloatModel, load_float_model, set_attention_heads
 from tdq_plugin.recipes.frameworks import Framework, load_framework
 from tdq_plugin.recipes.image_data import Images, load_all_images
 from tdq_plugin.recipes.image_quality import require_features
 from tdq_plugin.recipes.method_states import MethodStates
 from tdq_plugin.recipes.ptq_calibration import collect, observe
+from tdq_plugin.recipes.ptq_correction import CORRECTED, correction_of
 from tdq_plugin.recipes.ptq_deploy import save_model
 from tdq_plugin.recipes.ptq_full_size_config import FullSizePTQConfig
 from tdq_plugin.recipes.ptq_methods import METHODS
 from tdq_plugin.recipes.ptq_quantize import Start, quantize_method
-from tdq_plugin.recipes.ptq_weights import check_weights, set_weight_ranges
+from tdq_plugin.recipes.ptq_weights import check_weights, is_symmetric, set_weight_ranges
 from tdq_plugin.recipes.run_state import RunState
 from tdq_plugin.recipes.sample_evaluation import SampleEvaluation
 from tdq_plugin.recipes.sample_rows import SampleRows
-from tdq_plugin.recipes.sampling import scheduler_with
+from tdq_plugin.recipes.sampling import Denoiser, scheduler_with
 from tdq_plugin.reconstruct import CalibrationSet
 from tdq_plugin.study.schema import SizeBytes
 
@@ -125,23 +127,43 @@ def quantize(run: FullSizePTQRun, data: CalibrationSet) -> MethodStates:
 def measure(run: FullSizePTQRun, states: MethodStates) -> SampleRows:
     """Judge the float model and every method by their samples; fake quantization in float32."""
     rows = SampleRows(run.state.folder / "rows")
-    missing = rows.missing([FLOAT, *run.config.methods])
+    missing = rows.missing([FLOAT, *run.config.rows])
     if missing:
         section = run.config.evaluation
         evaluation = SampleEvaluation(section, run.accelerator, run.model, run.images)
         for name in missing:
-            quantized = name != FLOAT
-            denoiser = run.framework.simulate(states.load(name)) if quantized else run.model.denoise
-            rows.measure(name, denoiser, evaluation)
+            rows.measure(name, _denoiser(run, states, name), evaluation)
     return rows
+
+
+def _denoiser(run: FullSizePTQRun, states: MethodStates, row: str) -> Denoiser:
+    if row == FLOAT:
+        return run.model.denoise
+    method = row.removesuffix(CORRECTED)
+    denoiser = run.framework.simulate(states.load(method))
+    if method == row:
+        return denoiser
+    with run.accelerator.main_process_first():
+        correction = correction_of(
+            denoiser,
+            run.model,
+            run.sampler,
+            run.state.correction_path(method),
+            run.config.correction.images,
+            run.config.seed,
+            run.config.batch_size,
+        )
+    return CorrectedDenoiser(denoiser, correction)
 
 
 def save_models(run: FullSizePTQRun, states: MethodStates, recipe: str) -> dict[str, SizeBytes]:
     """Save each method's model in the framework's form for deployment, below `models/`.
 
-    Input-dependent scales have none.
+    Input-dependent scales have none, nor have weights with zero points.
     """
     config = run.config
+    if not is_symmetric(config.weights):
+        return {}
     extra = {"recipe": recipe, "bits": config.bits, "attention_heads": config.attention_heads}
     return {
         name: save_model(
@@ -151,6 +173,7 @@ def save_models(run: FullSizePTQRun, states: MethodStates, recipe: str) -> dict[
             run.model.unet,
             run.sampler,
             {**extra, "method": name},
+            run.state.correction_path(name) if name in config.correction.methods else None,
         )
         for name in config.methods
         if not METHODS[name].dynamic

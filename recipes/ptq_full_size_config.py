@@ -9,6 +9,7 @@ from tdq_plugin.recipes.config import RecipeConfig, filled_in
 from tdq_plugin.recipes.frameworks import FrameworkName
 from tdq_plugin.recipes.image_data import ImageSection
 from tdq_plugin.recipes.ptq_calibration import CalibrationSection
+from tdq_plugin.recipes.ptq_correction import CorrectionSection, row_titles
 from tdq_plugin.recipes.ptq_methods import METHODS, covers_trained_methods, known_methods
 from tdq_plugin.recipes.ptq_training import (
     MethodTraining,
@@ -31,14 +32,16 @@ class FullSizePTQConfig(RecipeConfig):
             pipeline's own configuration has them.
         bits: Bits of weights and activations, for example `W8A5`; the first and last layer keep 8.
         methods: Rows of the result: some of `tdq_plugin.recipes.ptq_methods.METHODS`.
-        weights: Scales of the weights, per output channel: `minmax` covers every weight, `mse` has
-            the least squared error; `adaround` is `mse` with a rounding that trained methods learn
-            together with their scales; `native` is what the framework does itself.
+        weights: Ranges of the weights, per output channel: `minmax` covers every weight and is
+            symmetric, `asymmetric_minmax` has a zero point, as PTQ4DM's; `mse` has the least
+            squared error; `adaround` is `mse` with a rounding that trained methods learn together
+            with their scales; `native` is what the framework does itself.
         batch_size: Samples in a call of the model that trains nothing.
         data: Real images.
         calibration: Trajectories of the float model, by the sampler of the evaluation.
         reconstruction: How scales are trained.
         training: What is tuned for each trained method.
+        correction: Which methods are also judged with a correction of their output.
         evaluation: How the methods are judged.
     """
 
@@ -53,6 +56,7 @@ class FullSizePTQConfig(RecipeConfig):
     calibration: CalibrationSection
     reconstruction: ReconstructionSection
     training: dict[str, TrainingSection]
+    correction: CorrectionSection
     evaluation: SampleEvaluationSection
 
     @field_validator("methods", "training")
@@ -75,6 +79,11 @@ class FullSizePTQConfig(RecipeConfig):
     ) -> dict[str, TrainingSection]:
         return covers_trained_methods(training, info.data.get("methods", []))
 
+    @field_validator("correction")
+    @classmethod
+    def _correct_rows(cls, section: CorrectionSection, info: ValidationInfo) -> CorrectionSection:
+        return section.check(info.data.get("methods", []), "methods")
+
     @field_validator("evaluation")
     @classmethod
     def _other_noise(
@@ -89,6 +98,11 @@ class FullSizePTQConfig(RecipeConfig):
         """Where the results go; `{adapter}`, `{bits}`, `{weights}` and `{seed}` are filled in."""
         filled = self.model_dump(include={"adapter", "bits", "weights", "seed"})
         return self.output / filled_in(self.name, **filled)
+
+    @property
+    def rows(self) -> dict[str, str]:
+        """Names of the rows of quantized models and their titles."""
+        return row_titles(self.methods, self.correction.methods)
 
     @property
     def widths(self) -> Bits:

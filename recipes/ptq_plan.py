@@ -12,7 +12,7 @@ from tdq_plugin.recipes.plan import Plan, training_memory
 from tdq_plugin.recipes.ptq_full_size import load_model
 from tdq_plugin.recipes.ptq_full_size_config import FullSizePTQConfig
 from tdq_plugin.recipes.ptq_methods import METHODS
-from tdq_plugin.recipes.ptq_weights import check_weights, set_weight_ranges
+from tdq_plugin.recipes.ptq_weights import check_weights, is_symmetric, set_weight_ranges
 from tdq_plugin.reconstruct import CalibrationSet, find_blocks
 from tdq_plugin.reconstruct.collect import samples_per_step
 from tdq_plugin.reconstruct.stream import Stream
@@ -37,7 +37,7 @@ def plan_of(recipe: str, config: FullSizePTQConfig) -> Plan:
     blocks = _blocks(config, quantized)
     trained = [METHODS[name].title for name in config.methods if METHODS[name].trained]
     section = config.evaluation
-    calls = section.steps * section.samples * (1 + len(config.methods))
+    calls = section.steps * section.samples * (1 + len(config.rows))
     missing = missing_packages(section.features)
     lines = {
         "model": f"{config.model}, {model.describe()}",
@@ -49,12 +49,16 @@ def plan_of(recipe: str, config: FullSizePTQConfig) -> Plan:
         "steps": f"{config.reconstruction.iterations * blocks:,} in batches of "
         f"{config.reconstruction.batch_size} for each of: {', '.join(trained) or 'none'}",
         "memory": _memory(config, samples, quantized, points),
+        "correction": _correction(config),
         "evaluation": f"{section.samples:,} images by {section.steps} DDIM steps of the float "
-        f"model and {len(config.methods)} quantized ones, {calls:,} denoised images, compared with "
+        f"model and {len(config.rows)} quantized ones, {calls:,} denoised images, compared with "
         f"{len(images):,} real images",
         "features": FEATURE_SPACES[section.features],
         "installed": f"missing: {', '.join(missing)}; the run would stop" if missing else "yes",
         "results": str(config.run_folder),
+        "models": "in models/, as the framework deploys them"
+        if is_symmetric(config.weights)
+        else "none: integer kernels take symmetric weights",
     }
     return Plan(f"tdq run {recipe}", lines)
 
@@ -63,6 +67,13 @@ def _blocks(config: FullSizePTQConfig, quantized: nn.Module) -> int:
     if config.reconstruction.granularity == "block" and isinstance(quantized, fx.GraphModule):
         return len(find_blocks(quantized.graph))
     return 1
+
+
+def _correction(config: FullSizePTQConfig) -> str:
+    section = config.correction
+    titles = ", ".join(METHODS[name].title for name in section.methods)
+    calls = 2 * section.images * config.evaluation.steps
+    return f"{titles}: {calls:,} denoised images for each" if titles else "none"
 
 
 def _samples(config: FullSizePTQConfig, model: FloatModel) -> int:

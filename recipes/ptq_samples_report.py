@@ -2,12 +2,15 @@
 
 import base64
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from tdq_plugin.files import atomic_file
 from tdq_plugin.recipes.image_quality import FEATURE_SPACES
+from tdq_plugin.recipes.ptq_correction import CORRECTED, row_title
 from tdq_plugin.recipes.ptq_full_size import FLOAT, FullSizePTQRun
 from tdq_plugin.recipes.ptq_methods import METHODS
+from tdq_plugin.recipes.ptq_weights import is_symmetric
 from tdq_plugin.recipes.report_parts import command, versions
 from tdq_plugin.recipes.sample_rows import SampleRows
 from tdq_plugin.study.figures import sample_grid
@@ -18,6 +21,10 @@ from tdq_plugin.study.schema import SizeBytes
 __all__ = ["write_results"]
 
 COLUMNS = {"frechet_distance": "Fréchet distance ↓", "inception_score": "Inception score ↑"}
+CORRECTION = (
+    "The method with an output correction: after every step, the mean of its samples is that of "
+    "the float model's."
+)
 
 
 def write_results(
@@ -45,13 +52,13 @@ def write_results(
         "samples": config.evaluation.samples,
         "feature_space": FEATURE_SPACES[config.evaluation.features],
         "versions": versions("tdq-plugin", "torch", "diffusers", "torchmetrics"),
-        "rows": [{"model": name, **rows.row(name)} for name in (FLOAT, *config.methods)],
+        "rows": [{"model": name, **rows.row(name)} for name in (FLOAT, *config.rows)],
         "size_bytes": sizes,
     }
     texts = {
         "results.json": json.dumps(results, indent=2) + "\n",
         "results.md": _markdown(results),
-        "results.html": _page(results, _pictures(config.methods, rows)),
+        "results.html": _page(results, _pictures(config.rows, rows)),
     }
     for name, text in texts.items():
         with atomic_file(run.state.folder / name) as temporary:
@@ -59,14 +66,16 @@ def write_results(
 
 
 def _title(model: str) -> str:
-    return METHODS[model].title if model in METHODS else model
+    return model if model == FLOAT else row_title(model)
 
 
 def _conditions(results: dict[str, Any]) -> str:
+    saved = is_symmetric(results["weights"])
     return (
         f"{results['bits']}, weights {results['weights']}. {results['samples']:,} samples by "
         f"{results['steps']} DDIM steps, quantization simulated in float32. Features: "
         f"{results['feature_space']}."
+        + ("" if saved else " No int8 models: integer kernels take symmetric weights.")
     )
 
 
@@ -95,8 +104,8 @@ def _markdown(results: dict[str, Any]) -> str:
     )
 
 
-def _pictures(methods: list[str], rows: SampleRows) -> Markup:
-    shown = {_title(name): rows.images(name) for name in (FLOAT, *methods)}
+def _pictures(models: Iterable[str], rows: SampleRows) -> Markup:
+    shown = {_title(name): rows.images(name) for name in (FLOAT, *models)}
     png = base64.b64encode(sample_grid(shown, columns=8)).decode()
     return Markup(f'<div class="plate"><img src="data:image/png;base64,{png}" alt="samples"></div>')
 
@@ -104,13 +113,15 @@ def _pictures(methods: list[str], rows: SampleRows) -> Markup:
 def _page(results: dict[str, Any], pictures: Markup) -> str:
     header, rows = _cells(results)
     models = [row["model"] for row in results["rows"]]
-    methods = {_title(name): METHODS[name].description for name in models if name in METHODS}
+    compared = {_title(name): METHODS[name].description for name in models if name in METHODS}
+    if any(name.endswith(CORRECTED) for name in models):
+        compared["corrected"] = CORRECTION
     body = tag(
         "main",
         tag("h1", results["recipe"]),
         paragraph(_conditions(results)),
         section("Results", table(header, rows)),
-        section("What is compared", definitions(methods)),
+        section("What is compared", definitions(compared)),
         section("Samples from the same noise", pictures),
         section("How to reproduce", tag("pre", tag("code", results["command"]))),
     )

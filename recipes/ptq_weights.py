@@ -5,12 +5,14 @@ from typing import Literal
 from torch import nn
 
 from tdq_plugin.errors import ConfigError
+from tdq_plugin.grid import weight_grid
+from tdq_plugin.ranges import RangeMethod
 from tdq_plugin.recipes.frameworks import Framework
 from tdq_plugin.weights import WeightQuantizer
 
-__all__ = ["WeightChoice", "check_weights", "set_weight_ranges"]
+__all__ = ["WeightChoice", "check_weights", "is_symmetric", "set_weight_ranges"]
 
-WeightChoice = Literal["minmax", "mse", "adaround", "native"]
+WeightChoice = Literal["minmax", "asymmetric_minmax", "mse", "adaround", "native"]
 
 
 def check_weights(choice: WeightChoice, framework: Framework, adapter: str) -> None:
@@ -27,6 +29,11 @@ def check_weights(choice: WeightChoice, framework: Framework, adapter: str) -> N
         )
 
 
+def is_symmetric(choice: WeightChoice) -> bool:
+    """Whether weights have no zero points, as integer kernels take them."""
+    return choice != "asymmetric_minmax"
+
+
 def set_weight_ranges(model: nn.Module, choice: WeightChoice) -> None:
     """Set the range of every weight quantizer: all values, or the least squared error.
 
@@ -34,9 +41,9 @@ def set_weight_ranges(model: nn.Module, choice: WeightChoice) -> None:
     """
     if choice == "native":
         return
+    method: RangeMethod = "minmax" if choice in ("minmax", "asymmetric_minmax") else "mse"
     for module in model.modules():
         quantizer = getattr(module, "weight_fake_quant", None)
         if isinstance(quantizer, WeightQuantizer):
-            quantizer.initialise(
-                module.get_parameter("weight"), "minmax" if choice == "minmax" else "mse"
-            )
+            quantizer.grid = weight_grid(quantizer.grid.bits, symmetric=is_symmetric(choice))
+            quantizer.initialise(module.get_parameter("weight"), method)

@@ -1,6 +1,6 @@
 """The integer grid of a quantizer: its name, its code range, and whether it is symmetric."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tdq_plugin.errors import ConfigError
 
@@ -53,9 +53,9 @@ def activation_grid(bits: int, symmetric: bool = False) -> QuantizationGrid:
     return QuantizationGrid(0, 2**bits - 1)
 
 
-def weight_grid(bits: int) -> QuantizationGrid:
-    """The grid of a weight: signed and symmetric."""
-    return activation_grid(bits, symmetric=True)
+def weight_grid(bits: int, symmetric: bool = True) -> QuantizationGrid:
+    """The grid of a weight: signed, without or with a zero point."""
+    return replace(activation_grid(bits, symmetric=True), symmetric=symmetric)
 
 
 def _check_bits(bits: int) -> None:

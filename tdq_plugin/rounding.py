@@ -19,11 +19,11 @@ class LearnedRounding(nn.Module):
     """Takes the place of a weight quantizer while its rounding is learned.
 
     The weight becomes `scale * clip(floor(weight / scale) + h(v))`, where `h`, the rectified
-    sigmoid, says how far each weight is rounded up. At the start that is the weight itself,
-    clipped to the range of the codes.
+    sigmoid, says how far each weight is rounded up, and codes are clipped with their zero point.
+    At the start that is the weight itself, clipped to the range of the codes.
 
     Args:
-        quantizer: Its scales and its grid are used; they stay as they are.
+        quantizer: Its ranges are used; they stay as they are.
         weight: The weight to round, shape `(output channels, ...)`.
 
     Attributes:
@@ -55,8 +55,10 @@ class LearnedRounding(nn.Module):
         if not self.quantizer.enabled:
             return weight
         grid, scale = self.quantizer.grid, self._scale(weight)
-        codes = (weight.float() / scale).floor() + self.round_up()
-        return (codes.clamp(grid.quant_min, grid.quant_max) * scale).to(weight.dtype)
+        zero_point = per_sample(self.quantizer.zero_point, weight)
+        codes = (weight.float() / scale).floor() + self.round_up() + zero_point
+        levels = codes.clamp(grid.quant_min, grid.quant_max) - zero_point
+        return (levels * scale).to(weight.dtype)
 
     def round_up(self) -> Tensor:
         """`h(v)` between 0 and 1: how far each weight is rounded up (eq. 23)."""

@@ -1,4 +1,4 @@
-"""The weight quantizer that every adapter uses: symmetric, one learned scale per output channel."""
+"""The weight quantizer that every adapter uses: one learned scale per output channel."""
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,13 @@ class WeightQuantizer(nn.Module):
     """Fake quantization of a weight along its output channels, with LSQ gradients.
 
     Args:
-        grid: The integer codes, symmetric.
+        grid: The integer codes.
 
     Attributes:
         base_scale: Where training starts, shape `(output channels,)`; empty until `initialise` or
             a state dict sets it.
+        zero_point: The code of zero, constant, integer valued, shape `(output channels,)`; all 0 on
+            a symmetric grid.
         log_ratio: Learned; `scale = base_scale * exp(log_ratio)`. A plain scale of 1e-3 would be
             wrecked by a single Adam step at an ordinary learning rate.
         enabled: Whether the weight is quantized.
@@ -30,11 +32,13 @@ class WeightQuantizer(nn.Module):
     """
 
     base_scale: Tensor
+    zero_point: Tensor
 
     def __init__(self, grid: QuantizationGrid) -> None:
         super().__init__()
         self.grid = grid
         self.register_buffer("base_scale", torch.empty(0))
+        self.register_buffer("zero_point", torch.empty(0))
         self.log_ratio = nn.Parameter(torch.empty(0))
         self.enabled = True
         self.noise_in_training = False
@@ -45,13 +49,13 @@ class WeightQuantizer(nn.Module):
         return (self.base_scale * self.log_ratio.exp()).clamp(min=SCALE_FLOOR)
 
     def initialise(self, weight: Tensor, method: RangeMethod = "mse") -> None:
-        """Set the scales from a weight `(output channels, ...)`; `mse` is the optimal clipping."""
-        scale, _ = search_range(weight.detach().flatten(1).float(), self.grid, method)
-        self.set_scale(scale.to(weight.device))
+        """Set the ranges from a weight `(output channels, ...)`; `mse` is the optimal clipping."""
+        self.set_scale(*search_range(weight.detach().flatten(1).float(), self.grid, method))
 
-    def set_scale(self, scale: Tensor) -> None:
-        """Start from given scales, positive, shape `(output channels,)`."""
+    def set_scale(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
+        """Start from given scales, positive, and zero points, 0 if none are given."""
         self.base_scale = scale
+        self.zero_point = torch.zeros_like(scale) if zero_point is None else zero_point
         self.log_ratio.data = torch.zeros_like(scale)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -61,7 +65,7 @@ class WeightQuantizer(nn.Module):
         scale = self.positive_scale()
         noisy = self.noise_in_training and self.training
         return (pseudo_quantize if noisy else fake_quantize)(
-            weight, scale, torch.zeros_like(scale), self.grid.quant_min, self.grid.quant_max
+            weight, scale, self.zero_point, self.grid.quant_min, self.grid.quant_max
         )
 
     def codes(self, weight: Tensor) -> Tensor:
@@ -70,7 +74,7 @@ class WeightQuantizer(nn.Module):
         codes = quantize(
             weight.detach().float(),
             scale,
-            torch.zeros_like(scale),
+            self.zero_point,
             self.grid.quant_min,
             self.grid.quant_max,
         )
@@ -91,6 +95,9 @@ class WeightQuantizer(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):  # type: ignore[no-untyped-def]
         saved = state_dict.get(prefix + "base_scale")
-        if saved is not None and self.base_scale.shape != saved.shape:
-            self.set_scale(self.base_scale.new_ones(saved.shape))
+        if saved is not None:
+            # Before there were zero points, all weights were symmetric.
+            state_dict.setdefault(prefix + "zero_point", torch.zeros_like(saved))
+            if self.base_scale.shape != saved.shape:
+                self.set_scale(self.base_scale.new_ones(saved.shape))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -15,6 +15,8 @@ def test_grids_have_two_to_the_bits_codes(bits: int) -> None:
     assert not activation_grid(bits).symmetric
     assert weight_grid(bits).signed
     assert weight_grid(bits).symmetric
+    assert weight_grid(bits, symmetric=False).signed
+    assert not weight_grid(bits, symmetric=False).symmetric
 
 
 @pytest.mark.parametrize("bits", [-1, 0, 1, 9, 16])

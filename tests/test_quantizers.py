@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tdq_plugin.errors import AdapterError, CalibrationError
 from tdq_plugin.fake_quantize import fake_quantize
@@ -90,6 +92,59 @@ def test_weight_scales_travel_in_the_state_dict() -> None:
     first.initialise(WEIGHT)
     second.load_state_dict(first.state_dict())
     assert torch.equal(second(WEIGHT), first(WEIGHT))
+
+
+@given(
+    bits=st.integers(2, 8),
+    seed=st.integers(0, 2**31),
+    middles=st.lists(st.floats(-3, 3), min_size=1, max_size=5),
+    width=st.sampled_from([1e-6, 1.0, 1e4]),
+)
+def test_asymmetric_weights_cover_every_channel(
+    bits: int, seed: int, middles: list[float], width: float
+) -> None:
+    """From channels of one sign to those around zero: every weight is at most half a step off."""
+    grid = weight_grid(bits, symmetric=False)
+    values = torch.rand(len(middles), 7, generator=torch.Generator().manual_seed(seed)) - 0.5
+    weight = width * (values + torch.tensor(middles)[:, None])
+    quantizer = WeightQuantizer(grid)
+    quantizer.initialise(weight, "minmax")
+    scale, zero_point = quantizer.scale.detach(), quantizer.zero_point
+    low, high = weight.amin(1).clamp(max=0), weight.amax(1).clamp(min=0)
+    torch.testing.assert_close(scale, (high - low) / (2**bits - 1))
+    assert bool(((quantizer(weight) - weight).abs() <= 0.501 * scale[:, None]).all())
+    assert bool((quantizer(torch.zeros_like(weight)) == 0).all())
+    codes = quantizer.codes(weight)
+    assert torch.equal(zero_point, zero_point.round())
+    assert codes.dtype == torch.int8
+    assert grid.quant_min <= int(codes.min()) <= int(codes.max()) <= grid.quant_max
+    levels = (codes - zero_point[:, None]) * scale[:, None]
+    assert torch.equal(quantizer(weight), levels)
+
+
+def test_zero_points_make_one_sided_channels_finer() -> None:
+    weight = WEIGHT.abs()
+    errors = {}
+    for symmetric in (True, False):
+        quantizer = WeightQuantizer(weight_grid(4, symmetric))
+        quantizer.initialise(weight, "minmax")
+        errors[symmetric] = float((quantizer(weight) - weight).detach().square().mean())
+    assert errors[False] < 0.4 * errors[True]
+
+
+def test_zero_points_travel_in_the_state_dict_and_older_files_have_none() -> None:
+    first, second = (WeightQuantizer(weight_grid(4, symmetric=False)) for _ in range(2))
+    first.initialise(WEIGHT + 1)
+    second.load_state_dict(first.state_dict())
+    assert bool((second.zero_point != 0).all())
+    assert torch.equal(second(WEIGHT), first(WEIGHT))
+    symmetric = WeightQuantizer(weight_grid(4))
+    symmetric.initialise(WEIGHT)
+    older = {key: value for key, value in symmetric.state_dict().items() if key != "zero_point"}
+    for restored in (WeightQuantizer(weight_grid(4)), second):
+        restored.load_state_dict(older)
+        assert torch.equal(restored(WEIGHT), symmetric(WEIGHT))
+    assert "zero_point" not in older
 
 
 def test_a_weight_quantizer_without_scale() -> None:

@@ -70,6 +70,7 @@ def quantize_eager(
     first_last_bits: int | None = 8,
     float_layers: tuple[str, ...] = (),
     timestep_layers: tuple[str, ...] = TIMESTEP_LAYERS,
+    symmetric_weights: bool = True,
 ) -> Model:
     """Make the convolutions and linear layers of a model fake-quantized; in place.
 
@@ -89,6 +90,7 @@ def quantize_eager(
         timestep_layers: Wildcards of the layers on the timestep's path, which stay float; without
             a graph they are known by name only. The default covers diffusers' models, whatever
             matches none of it is quantized.
+        symmetric_weights: Weights without a zero point; else each output channel has its own.
 
     Returns:
         The model.
@@ -118,7 +120,8 @@ def quantize_eager(
         )
     for path in chosen:
         outer = first_last_bits if path in (chosen[0], chosen[-1]) else None
-        qconfig = tdq_qconfig(outer or activation_bits, outer or weight_bits, symmetric_activations)
+        bits = outer or activation_bits, outer or weight_bits
+        qconfig = tdq_qconfig(*bits, symmetric_activations, symmetric_weights)
         # The layer object stays itself: references to it, hooks and tied parameters stay valid.
         layers[path].__class__ = _QUANTIZED[type(layers[path])]
         layers[path].activation_fake_quant = qconfig.activation()

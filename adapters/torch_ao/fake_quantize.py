@@ -70,12 +70,13 @@ class TDQFakeQuantize(ActivationQuantizer, FakeQuantizeBase):
 
 
 class TDQWeightFakeQuantize(WeightQuantizer, FakeQuantizeBase):
-    """Weight fake-quantize for a `QConfig`: symmetric, per output channel, LSQ gradients.
+    """Weight fake-quantize for a `QConfig`: per output channel, LSQ gradients.
 
     Like torch.ao's own, it takes its first scales from the first weight that it sees.
 
     Args:
         bits: 2 to 8.
+        symmetric: A zero point of 0, as integer kernels take it; else a constant one per channel.
         factory_kwargs: Passed by torch.ao's QAT modules; device and dtype follow the weight.
     """
 
@@ -83,12 +84,21 @@ class TDQWeightFakeQuantize(WeightQuantizer, FakeQuantizeBase):
     is_per_channel = True
     ch_axis = 0
     dtype = torch.qint8
-    qscheme = torch.per_channel_symmetric
 
-    def __init__(self, bits: int = 8, factory_kwargs: dict[str, Any] | None = None) -> None:
-        super().__init__(weight_grid(bits))
+    def __init__(
+        self,
+        bits: int = 8,
+        symmetric: bool = True,
+        factory_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(weight_grid(bits, symmetric))
         self.quant_min, self.quant_max = self.grid.quant_min, self.grid.quant_max
         self.activation_post_process = nn.Identity()
+
+    @property
+    def qscheme(self) -> torch.qscheme:
+        """What torch.ao calls the grid."""
+        return torch.per_channel_symmetric if self.grid.symmetric else torch.per_channel_affine
 
     def enable_fake_quant(self, enabled: bool = True) -> None:
         """Quantize, or let the weight pass."""
@@ -101,9 +111,8 @@ class TDQWeightFakeQuantize(WeightQuantizer, FakeQuantizeBase):
         return super().forward(weight)
 
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
-        """Scales and zero points (all 0) of the output channels."""
-        scale = self.positive_scale().detach()
-        return scale, torch.zeros_like(scale, dtype=torch.int64)
+        """Scales and zero points of the output channels."""
+        return self.positive_scale().detach(), self.zero_point.long()
 
 
 def initialise_weights(model: nn.Module) -> None:

@@ -28,14 +28,17 @@ _PRODUCT_DTYPES = [DTypeConfig(codes, codes) for codes in _ACTIVATIONS]
 
 
 def tdq_qconfig(
-    activation_bits: int = 8, weight_bits: int = 8, symmetric_activations: bool = False
+    activation_bits: int = 8,
+    weight_bits: int = 8,
+    symmetric_activations: bool = False,
+    symmetric_weights: bool = True,
 ) -> QConfig:
     """A torch.ao `QConfig` with TDQ activations and LSQ weights."""
     activation: Any = TDQFakeQuantize
     weight: Any = TDQWeightFakeQuantize
     return QConfig(
         activation=activation.with_args(bits=activation_bits, symmetric=symmetric_activations),
-        weight=weight.with_args(bits=weight_bits),
+        weight=weight.with_args(bits=weight_bits, symmetric=symmetric_weights),
     )
 
 
@@ -46,6 +49,7 @@ def tdq_qconfig_mapping(
     symmetric_activations: bool = False,
     first_last_bits: int | None = 8,
     float_layers: tuple[str, ...] = (),
+    symmetric_weights: bool = True,
 ) -> QConfigMapping:
     """The mapping for `prepare_qat_fx` or `prepare_fx`: compute layers and matrix products.
 
@@ -60,6 +64,8 @@ def tdq_qconfig_mapping(
         first_last_bits: Bits of the first and last layer, as is usual; None treats them as others.
         float_layers: Further layers that stay float: names, names of modules that hold layers, or
             wildcards such as `*.conv_shortcut`.
+        symmetric_weights: Weights without a zero point, as torch's integer kernels take them; else
+            each output channel has its own.
 
     Returns:
         A `QConfigMapping`.
@@ -67,13 +73,14 @@ def tdq_qconfig_mapping(
     Raises:
         ConfigError: An entry of `float_layers` matches no layer.
     """
-    qconfig = tdq_qconfig(activation_bits, weight_bits, symmetric_activations)
+    symmetric = symmetric_activations, symmetric_weights
+    qconfig = tdq_qconfig(activation_bits, weight_bits, *symmetric)
     mapping = QConfigMapping().set_global(None)
     for operation in (*LAYERS, *PRODUCTS):
         mapping = mapping.set_object_type(operation, qconfig)
     layers, conditioning = _layers(graph_module.graph)
     if first_last_bits is not None and layers:
-        outer = tdq_qconfig(first_last_bits, first_last_bits, symmetric_activations)
+        outer = tdq_qconfig(first_last_bits, first_last_bits, *symmetric)
         mapping = mapping.set_module_name(layers[0], outer).set_module_name(layers[-1], outer)
     for name in (*conditioning, *choose_layers([*layers, *conditioning], float_layers)):
         mapping = mapping.set_module_name(name, None)

@@ -47,10 +47,18 @@ def int8_layer(layer: nn.Module) -> Int8Layer:
     """The layer with int8 weights.
 
     Raises:
-        AdapterError: The layer is fused with another operation, or not float32.
+        AdapterError: The layer is fused with another operation, not float32, or its weight has
+            zero points.
     """
     plain, quantizer = _plain(layer), weight_quantizer(layer)
     assert quantizer is not None
+    if quantizer.zero_point.any():
+        raise AdapterError(
+            f"The weight of a {type(layer).__name__} has zero points up to "
+            f"{quantizer.zero_point.abs().max():g}, and int8 layers take symmetric weights. "
+            "Prepare the model with symmetric_weights=True, or run it as it is; "
+            "tdq_plugin.adapters.torch_ao.convert gives a reference graph for other backends."
+        )
     codes, scale = quantizer.codes(plain.weight), quantizer.positive_scale().detach()
     if isinstance(plain, nn.Linear):
         return Int8Linear(codes, scale, plain.bias)

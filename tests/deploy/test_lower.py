@@ -287,6 +287,17 @@ def test_what_cannot_be_lowered_says_why(model):
         lower_to_int8(copy.deepcopy(model).bfloat16())
 
 
+def test_weights_with_zero_points_are_refused():
+    mapping = tdq_qconfig_mapping(
+        tdq.trace(TinyDenoiser(), example_inputs()), symmetric_weights=False
+    )
+    with pytest.raises(
+        AdapterError,
+        match=r"Conv2d has zero points up to \d+, and .*symmetric_weights=True.*convert",
+    ):
+        lower_to_int8(frozen(mapping=mapping))
+
+
 def test_a_layer_fused_with_its_activation_is_refused():
     fused = ConvReLU2d(8, 4, 3, qconfig=tdq_qconfig())
     with pytest.raises(AdapterError, match="ConvReLU2d cannot be lowered to int8"):

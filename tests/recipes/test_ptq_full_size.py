@@ -14,8 +14,8 @@ from diffusers import DDIMScheduler, UNet2DModel
 import tdq_plugin as tdq
 from tdq_plugin.deploy import load_int8
 from tdq_plugin.errors import CalibrationError, ConfigError
-from tdq_plugin.recipes import find_recipe, ptq_full_size, ptq_quantize
-from tdq_plugin.recipes.ptq_methods import METHODS
+from tdq_plugin.recipes import find_recipe, ptq_correction, ptq_full_size, ptq_quantize
+from tdq_plugin.recipes.ptq_correction import row_title
 from tdq_plugin.recipes.sampling import sample, scheduler_with
 from tdq_plugin.weights import WeightQuantizer
 
@@ -30,10 +30,11 @@ SMALL = [
     "calibration.images=4",
     "reconstruction.iterations=2",
     "reconstruction.batch_size=4",
+    "correction={methods: [lsq], images: 4}",
     "evaluation.samples=100",
     "evaluation.steps=2",
 ]
-METHODS_RUN = ["lsq", "learned_table", "tdq", "dynamic"]
+ROWS = ["float32", "lsq", "lsq_corrected", "learned_table", "tdq", "dynamic"]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def results(folder: Path) -> dict[str, Any]:
 
 def test_there_is_a_row_for_the_float_model_and_every_method(finished: Path) -> None:
     found = results(finished)
-    assert [row["model"] for row in found["rows"]] == ["float32", *METHODS_RUN]
+    assert [row["model"] for row in found["rows"]] == ROWS
     assert all(row["frechet_distance"] > 0 for row in found["rows"])
     assert all(row["inception_score"] >= 1 for row in found["rows"])
     assert "not the FID" in found["feature_space"]
@@ -70,7 +71,7 @@ def test_the_pages_show_the_same_numbers(finished: Path) -> None:
     markdown = (finished / "results.md").read_text(encoding="utf-8")
     page = (finished / "results.html").read_text(encoding="utf-8")
     for row in results(finished)["rows"][1:]:
-        title, distance = METHODS[row["model"]].title, f"{row['frechet_distance']:.3g}"
+        title, distance = row_title(row["model"]), f"{row['frechet_distance']:.3g}"
         assert re.search(rf"\| {title} \| {distance}", markdown)
         assert f"<th>{title}</th><td>{distance}" in page
     references = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", page)
@@ -87,6 +88,20 @@ def test_the_saved_models_draw(finished: Path) -> None:
     integer = load_int8(folder / "int8", unet, (x, torch.tensor([0, 500])))
     scheduler = scheduler_with(DDIMScheduler.from_pretrained(folder / "scheduler"), 2)
     assert sample(integer, scheduler, x).isfinite().all()
+
+
+def test_a_corrected_model_is_saved_with_its_correction(finished: Path) -> None:
+    found = sorted((finished / "models").rglob("output_correction.safetensors"))
+    assert [path.parent.name for path in found] == ["lsq"]
+    correction = tdq.load_correction(found[0])
+    assert correction.timesteps.tolist() == [0, 500]
+    assert correction.offsets.shape == (2, 1, 16, 16)
+    assert correction.offsets.any()
+    images = ptq_full_size.SampleRows(finished / "rows").images
+    assert not torch.equal(images("lsq"), images("lsq_corrected"))
+    page = (finished / "results.html").read_text(encoding="utf-8")
+    assert "<th>static LSQ, corrected</th>" in page
+    assert "after every step, the mean of its samples is that of the float model" in page
 
 
 def test_a_restart_repeats_nothing(
@@ -115,13 +130,15 @@ def test_a_restart_repeats_nothing(
     with monkeypatch.context() as patch:
         interrupt_at(patch, ptq_full_size, "collect", 1)
         interrupt_at(patch, ptq_quantize, "train", 9)
-        interrupt_at(patch, ptq_full_size.SampleRows, "measure", 2)
+        interrupt_at(patch, ptq_full_size.SampleRows, "measure", 3)
         with pytest.raises(KeyboardInterrupt):
             CIFAR.run(config)
-    assert started == ["train", "measure", "measure"]
+    assert started == ["train", "measure", "measure", "measure"]
     whole = {row["model"]: row for row in results(finished)["rows"]}
-    for row in results(CIFAR.run(config))["rows"]:
-        assert row == whole[row["model"]]
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, ptq_correction, "fit_output_correction", 1)
+        for row in results(CIFAR.run(config))["rows"]:
+            assert row == whole[row["model"]]
 
 
 def test_latents_are_decoded_and_heads_are_set(tiny_latent_pipeline: Path, tmp_path: Path) -> None:
@@ -130,9 +147,10 @@ def test_latents_are_decoded_and_heads_are_set(tiny_latent_pipeline: Path, tmp_p
     run = ptq_full_size.begin(config)
     assert run.model.unet.mid_block.attentions[0].heads == 4
     folder = CHURCHES.run(config)
-    (float_row, row) = results(folder)["rows"]
-    assert set(row) == {"model", "frechet_distance"}
-    assert row["frechet_distance"] != float_row["frechet_distance"]
+    rows = results(folder)["rows"]
+    assert [row["model"] for row in rows] == ["float32", "lsq", "lsq_corrected"]
+    assert all(set(row) == {"model", "frechet_distance"} for row in rows)
+    assert len({row["frechet_distance"] for row in rows}) == 3
     samples = ptq_full_size.SampleRows(folder / "rows").images("lsq")
     assert samples.shape == (16, 1, 16, 16)
     kept = ptq_full_size.calibration_data(run)
@@ -140,38 +158,58 @@ def test_latents_are_decoded_and_heads_are_set(tiny_latent_pipeline: Path, tmp_p
 
 
 def test_the_choice_of_weights(tiny_pipeline: Path, tmp_path: Path) -> None:
-    def scales(choice: str) -> torch.Tensor:
+    def layer(choice: str) -> torch.nn.Module:
         settings = [*SMALL, f"model={tiny_pipeline}", f"output={tmp_path}", f"name={choice}"]
-        config = CIFAR.configure([*settings, f"weights={choice}", "bits=W4A8", "methods=[minmax]"])
+        config = CIFAR.configure([*settings, f"weights={choice}", "bits=W4A8"])
         run = ptq_full_size.begin(config)
         quantized = run.framework.prepare(
             run.model.unet, ptq_full_size.calibration_data(run), config.widths
         )
         ptq_full_size.set_weight_ranges(quantized, config.weights)
-        layer = quantized.get_submodule("mid_block.resnets.0.conv1")
-        assert isinstance(layer.weight_fake_quant, WeightQuantizer)
-        weight = layer.weight.detach().flatten(1)
-        covering = torch.maximum(weight.amax(1) / 7, -weight.amin(1) / 8)
-        return layer.weight_fake_quant.scale.detach() / covering
+        return quantized.get_submodule("mid_block.resnets.0.conv1")
 
-    assert torch.allclose(scales("minmax"), torch.ones(16))
+    def scales(choice: str) -> torch.Tensor:
+        chosen = layer(choice)
+        assert isinstance(chosen.weight_fake_quant, WeightQuantizer)
+        weight = chosen.weight.detach().flatten(1)
+        covering = torch.maximum(weight.amax(1) / 7, -weight.amin(1) / 8)
+        return chosen.weight_fake_quant.scale.detach() / covering
+
+    assert torch.allclose(scales("minmax"), torch.ones(()))
     assert scales("mse").mean() < 0.95
     assert torch.equal(scales("mse"), scales("native"))
+    asymmetric = layer("asymmetric_minmax")
+    assert isinstance(asymmetric.weight_fake_quant, WeightQuantizer)
+    weight = asymmetric.weight.detach().flatten(1)
+    expected = (weight.amax(1) - weight.amin(1)) / 15
+    torch.testing.assert_close(asymmetric.weight_fake_quant.scale.detach(), expected)
+
+
+def test_weights_with_zero_points_are_simulated(overrides: list[str], tmp_path: Path) -> None:
+    settings = [*overrides, f"output={tmp_path}", "methods=[lsq]", "weights=asymmetric_minmax"]
+    config = CIFAR.configure([*settings, "bits=W4A8"])
+    assert "models       none: integer kernels take symmetric weights" in str(CIFAR.plan(config))
+    folder = CIFAR.run(config)
+    assert results(folder)["size_bytes"] == {}
+    assert not (folder / "models").exists()
+    assert "No int8 models" in (folder / "results.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def plan(tiny_pipeline: Path) -> str:
-    return str(CIFAR.plan(CIFAR.configure([f"model={tiny_pipeline}", DIGITS[0], "threads=1"])))
+    settings = [f"model={tiny_pipeline}", DIGITS[0], "threads=1", "correction.methods=[lsq]"]
+    return str(CIFAR.plan(CIFAR.configure(settings)))
 
 
 def test_the_plan(plan: str) -> None:
     for expected in (
-        r"quantizers +45 activations, W8A5, by torch_ao, weights minmax",
+        r"quantizers +\d\d activations, W8A5, by torch_ao, weights minmax",
         r"methods +MinMax, static LSQ, TDQ",
         r"calibration +14,924 samples of 256 trajectories of 100 DDIM steps",
         r"steps +2,000 in batches of 32 for each of: static LSQ, TDQ",
         r"memory +\d\.\d\d GB: .* MB for each of 32 samples",
-        r"50,000 images by 100 DDIM steps .* 3 quantized ones, 20,000,000 denoised images",
+        r"50,000 images by 100 DDIM steps .* 4 quantized ones, 25,000,000 denoised images",
+        r"correction +static LSQ: 204,800 denoised images for each",
         r"results +runs/ddim-cifar10-ptq-torch_ao-W8A5-minmax-seed0",
     ):
         assert re.search(expected, plan)
@@ -235,10 +273,11 @@ def test_an_empty_folder_of_images(overrides: list[str], tmp_path: Path) -> None
     [
         ("methods=[tdk]", r"^methods = \['tdk'\]: .*are no methods; choose from .*'tdq_paper'"),
         ("methods=[]", r"^methods = \[\]: List should have at least 1 item"),
-        ("weights=lsq", r"^weights = 'lsq': Input should be 'minmax', 'mse', 'adaround' or"),
+        ("weights=lsq", r"^weights = 'lsq': Input should be 'minmax', 'asymmetric_minmax', 'mse',"),
         ("training={}", r"^training = \{\}: .*\['lsq', 'tdq'\] are trained and have no entry"),
         ("evaluation.seed=0", r"^evaluation = .*calibration would see the noise of the test"),
         ("attention_heads=0", r"^attention_heads = 0: Input should be greater than 0"),
+        ("correction.methods=[mse]", r"^correction = .*\['mse'\] are not among methods"),
         (
             "name=x-{draw}",
             r"name = 'x-\{draw\}': only \{seed\}, \{adapter\}, \{bits\}, \{weights\} are",

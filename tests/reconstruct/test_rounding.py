@@ -35,8 +35,8 @@ def weight():
     return torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0))
 
 
-def rounding_of(weight, bits, method="minmax"):
-    quantizer = WeightQuantizer(weight_grid(bits))
+def rounding_of(weight, bits, method="minmax", symmetric=True):
+    quantizer = WeightQuantizer(weight_grid(bits, symmetric))
     quantizer.initialise(weight, method)
     return LearnedRounding(quantizer, weight)
 
@@ -83,15 +83,17 @@ def test_the_penalty_moves_each_weight_to_the_side_that_it_is_on(weight):
     assert torch.equal(rounding.v.grad.sign()[undecided], -rounding.v.sign()[undecided])
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_the_quantizer_reproduces_the_rounded_weight_bit_for_bit(weight, bits, dtype):
-    weight = weight.to(dtype)
-    rounding = rounding_of(weight, bits, "mse")
+def test_the_quantizer_reproduces_the_rounded_weight_bit_for_bit(weight, bits, dtype, symmetric):
+    weight = (weight + 0.4).to(dtype)
+    rounding = rounding_of(weight, bits, "mse", symmetric)
     torch.nn.init.normal_(rounding.v, generator=torch.Generator().manual_seed(1))
     rounding.hard = True
     rounded, quantizer = rounding(weight), rounding.quantizer
     expected = (weight.float() / quantizer.scale.reshape(-1, 1, 1, 1)).floor() + (rounding.v >= 0)
+    expected += quantizer.zero_point.reshape(-1, 1, 1, 1)
     expected = expected.clamp(quantizer.grid.quant_min, quantizer.grid.quant_max)
     assert rounded.dtype == dtype
     assert torch.equal(quantizer(rounded), rounded)

@@ -35,6 +35,19 @@ def test_equals_the_model_at_every_timestep(frozen, bits, symmetric):
         assert torch.equal(mixed(SAMPLE, steps), model(SAMPLE, steps))
 
 
+@pytest.mark.parametrize("qat", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_equals_the_model_with_zero_points_of_weights(prepare, frozen, bits, qat):
+    trained = frozen(*bits, symmetric_weights=False)
+    model = frozen(*bits, symmetric_weights=False, qat=qat)
+    tdq.load_scales(model, trained.scale_bank.table)
+    converted = convert(model)
+    assert (converted.conv_in.weight_zero_point != 0).any()
+    with torch.no_grad():
+        for step in STEPS:
+            assert torch.equal(converted(SAMPLE, step), trained(SAMPLE, step))
+
+
 def test_equals_a_real_unet(prepare, unet, unet_inputs):
     model = tdq.attach(prepare(copy.deepcopy(unet), unet_inputs, 4, 8)).eval()
     generator = torch.Generator().manual_seed(0)

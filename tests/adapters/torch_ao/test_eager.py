@@ -81,6 +81,12 @@ def test_float_layers():
         quantize_eager(TinyDenoiser(), float_layers=("convv",))
 
 
+def test_weights_with_zero_points():
+    layer = quantize_eager(TinyDenoiser().eval(), symmetric_weights=False).conv_in
+    assert layer.weight_fake_quant.zero_point.any()
+    assert layer.weight_fake_quant.qscheme == torch.per_channel_affine
+
+
 def test_models_that_cannot_be_exchanged(prepare, unet_inputs):
     with pytest.raises(AdapterError, match="None of the 7 convolutions and linear layers"):
         quantize_eager(TinyDenoiser(), float_layers=("*",))
