@@ -11,7 +11,7 @@ from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_file
 from tdq_plugin.recipes.evaluation import Result
 
-__all__ = ["RunState"]
+__all__ = ["RunState", "check_same_settings"]
 
 
 class RunState:
@@ -29,7 +29,7 @@ class RunState:
         self.folder = folder
         path = folder / "config.json"
         if path.exists():
-            _check_same(path, json.loads(path.read_text()), json.loads(json.dumps(config)))
+            check_same_settings(path, config, "Choose another name=..., or remove the folder.")
         else:
             _write(path, config)
 
@@ -68,16 +68,26 @@ class RunState:
         return self.folder / "rows" / f"{method}.{execution}.json"
 
 
-def _check_same(path: Path, known: dict[str, Any], wanted: dict[str, Any]) -> None:
-    different = sorted(
-        key for key in known.keys() | wanted.keys() if known.get(key) != wanted.get(key)
-    )
-    if different:
-        shown = ", ".join(f"{key}={known.get(key)!r}" for key in different)
-        raise ConfigError(
-            f"{path.parent} holds a run with other settings: {shown}. "
-            "Choose another name=..., or remove the folder."
-        )
+def check_same_settings(path: Path, config: dict[str, Any], remedy: str) -> None:
+    """See that a run's `config.json` holds a configuration.
+
+    Raises:
+        ConfigError: It holds another one; the message names every setting that differs.
+    """
+    known = _by_dotted_key(json.loads(path.read_text()))
+    wanted = _by_dotted_key(json.loads(json.dumps(config)))
+    keys = sorted(key for key in known.keys() | wanted.keys() if known.get(key) != wanted.get(key))
+    if keys:
+        shown = ", ".join(f"{key}={known.get(key)!r}, not {wanted.get(key)!r}" for key in keys)
+        raise ConfigError(f"{path.parent} holds a run with other settings: {shown}. {remedy}")
+
+
+def _by_dotted_key(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    values = {}
+    for key, value in config.items():
+        nested = isinstance(value, dict)
+        values |= _by_dotted_key(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return values
 
 
 def _write(path: Path, value: Any) -> None:

@@ -1,6 +1,5 @@
 """Do the runs of a study: several at a time, one thread and one process each."""
 
-import json
 import os
 import subprocess
 import sys
@@ -11,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes import find_recipe
+from tdq_plugin.recipes.run_state import check_same_settings
 from tdq_plugin.studies.definition import Cost, RunSpec, StudyDefinition
 
 __all__ = ["PlannedRun", "duration", "execute", "plan_run", "run_in_a_process"]
@@ -36,7 +35,10 @@ def plan_run(definition: StudyDefinition, spec: RunSpec) -> PlannedRun:
     """
     config = find_recipe(spec.recipe).configure(spec.overrides)
     folder = config.run_folder
-    _check_same(folder / "config.json", config.model_dump(mode="json"))
+    path = folder / "config.json"
+    if path.exists():
+        remedy = "Remove the folder, or choose another --output."
+        check_same_settings(path, config.model_dump(mode="json"), remedy)
     seconds = _expected_seconds(definition.costs[spec.recipe], config)
     return PlannedRun(spec, folder, seconds, (folder / "report.json").exists())
 
@@ -131,14 +133,3 @@ def _expected_seconds(cost: Cost, config: Any) -> float:
     methods = getattr(config, "methods", ())
     steps = config.evaluation.samples * config.steps if methods else 0
     return cost.start + len(methods) * (cost.method + steps * cost.step)
-
-
-def _check_same(path: Path, wanted: dict[str, Any]) -> None:
-    known = json.loads(path.read_text()) if path.exists() else wanted
-    keys = sorted(key for key in known.keys() | wanted.keys() if known.get(key) != wanted.get(key))
-    if keys:
-        shown = ", ".join(f"{key}={known.get(key)!r}, not {wanted.get(key)!r}" for key in keys)
-        raise ConfigError(
-            f"{path.parent} holds a run with other settings: {shown}. "
-            "Remove the folder, or choose another --output."
-        )
