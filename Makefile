@@ -1,13 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint constraints
+.PHONY: demo test test-slow lint constraints
 
 demo: .venv/recipes.stamp
 	$(BIN)/tdq run ddim-digits-ptq
 
 test: .venv/all.stamp
 	$(BIN)/pytest -n 2 --dist loadfile
+
+test-slow: .venv/all.stamp
+	$(BIN)/pytest -m slow
 
 # mypy does not follow an editable install, so it reads an installed copy.
 lint: .venv/all.stamp

@@ -129,6 +129,12 @@ _ALL = (
         "Train the digits LDM in float32, a UNet on the latents of that autoencoder",
     ),
     Recipe(
+        "ldm-churches-import",
+        "ldm_churches_import",
+        "ImportConfig",
+        "Turn CompVis' checkpoint of the LDM-8 of LSUN churches into a diffusers pipeline",
+    ),
+    Recipe(
         "ddim-digits-ranges",
         "ddim_digits_ranges",
         "RangesConfig",

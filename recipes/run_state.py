@@ -83,7 +83,7 @@ def check_same_settings(path: Path, config: dict[str, Any], remedy: str) -> None
 
 
 def _by_dotted_key(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    values = {}
+    values: dict[str, Any] = {}
     for key, value in config.items():
         nested = isinstance(value, dict)
         values |= _by_dotted_key(value, f"{prefix}{key}.") if nested else {prefix + key: value}

@@ -15,6 +15,7 @@ from tdq_plugin.cli import app
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes import find_recipe
 from tdq_plugin.studies.conduct import Study
+from tdq_plugin.studies.definition import RunSpec
 
 
 @pytest.fixture(scope="module")
@@ -57,48 +58,70 @@ def study_file(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return path
 
 
-def tdq_study(study_file: Path, *options: str) -> tuple[int, str, str]:
-    arguments = ["study", str(study_file), "--output", str(study_file.parent / "runs"), *options]
+@pytest.fixture(scope="module")
+def runs(study_file: Path) -> Path:
+    """The folder of the finished runs."""
+    folder = study_file.parent / "runs"
+    for run in Study(str(study_file), folder).planned("good"):
+        do(run.spec)
+    return folder
+
+
+def do(run: RunSpec) -> None:
+    recipe = find_recipe(run.recipe)
+    recipe.run(recipe.configure(run.overrides))
+
+
+def tdq_study(study_file: Path, runs: Path, *options: str) -> tuple[int, str, str]:
+    arguments = ["study", str(study_file), "--output", str(runs), *options]
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "TERM": "dumb"})
     return result.exit_code, result.stdout, result.stderr
 
 
-def test_the_parts_of_a_study(study_file: Path) -> None:
-    code, out, _ = tdq_study(study_file, "--list")
+def test_the_parts_of_a_study(study_file: Path, tmp_path: Path) -> None:
+    code, out, _ = tdq_study(study_file, tmp_path / "runs", "--list")
     assert code == 0
     assert "good         Good. Finished: 0 of 2 runs; the others take 3 min." in out
-    assert not (study_file.parent / "runs").exists()
+    assert not (tmp_path / "runs").exists()
 
 
-def test_a_study_that_is_killed_goes_on(study_file: Path) -> None:
-    """Two processes import the frameworks one after the other, so this takes its seconds."""
-    runs = study_file.parent / "runs"
-    first, second = Study(str(study_file), runs).planned("good")
-    recipe = find_recipe(first.spec.recipe)
-    recipe.run(recipe.configure(first.spec.overrides))
-    finished = times(first.folder)
-    kill_while_it_runs(study_file)
-    assert not (second.folder / "report.json").exists()
-    code, out, _ = tdq_study(study_file, "--jobs", "2")
+def test_a_restart_does_only_what_is_missing(study_file: Path, runs: Path) -> None:
+    folders = [runs / f"good-{seed}" for seed in (0, 1)]
+    before = [times(folder) for folder in folders]
+    code, out, _ = tdq_study(study_file, runs, "--part", "good")
     assert code == 0
-    assert "good: Good. 1 of 2 runs to do, about 1 min" in out
-    assert "[1/1] good-1 (done)" in out
-    assert times(first.folder) == finished
+    assert "good: Good. 0 of 2 runs to do, about no time" in out
+    assert [times(folder) for folder in folders] == before
     text = (runs / "tiny.md").read_text()
     assert "| TDQ | simulated |" in text
-    assert all(f"| {run.spec.name} | `tdq run" in text for run in (first, second))
+    assert all(f"| good-{seed} | `tdq run" in text for seed in (0, 1))
     assert "Not finished" not in text
     assert len(list((runs / "tiny").glob("good-*.png"))) == 2
 
 
-def kill_while_it_runs(study_file: Path) -> None:
+@pytest.mark.slow
+def test_a_study_that_is_killed_goes_on(study_file: Path, tmp_path: Path) -> None:
+    """Two processes import the frameworks one after the other, so this takes its seconds."""
+    do(Study(str(study_file), tmp_path).planned("good")[0].spec)
+    finished = times(tmp_path / "good-0")
+    kill_while_it_runs(study_file, tmp_path)
+    assert not (tmp_path / "good-1" / "report.json").exists()
+    code, out, _ = tdq_study(study_file, tmp_path, "--jobs", "2")
+    assert code == 0
+    assert "good: Good. 1 of 2 runs to do, about 1 min" in out
+    assert "[1/1] good-1 (done)" in out
+    assert times(tmp_path / "good-0") == finished
+    assert "Not finished" not in (tmp_path / "tiny.md").read_text()
+
+
+def kill_while_it_runs(study_file: Path, runs: Path) -> None:
     """Start a study, and kill it when its worker has begun; the worker ends, too."""
     command = [sys.executable, "-c", "from tdq_plugin.cli import main; main()", "study"]
-    options = [str(study_file), "--output", str(study_file.parent / "runs")]
-    conductor = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL)
+    command += [str(study_file), "--output", str(runs)]
+    conductor = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         workers = psutil.Process(conductor.pid).children
-        wait_for(lambda: len(workers()) == 1 and workers()[0].num_threads() > 1)
+        wait_for(lambda: len(workers()) == 1 and workers()[0].num_threads() > 1, conductor)
         (worker,) = workers()
     finally:
         conductor.kill()
@@ -106,9 +129,10 @@ def kill_while_it_runs(study_file: Path) -> None:
     wait_for(lambda: has_ended(worker))
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen | None = None) -> None:
     start = time.monotonic()
     while not condition():
+        assert process is None or process.poll() is None, "it ended before it was killed"
         assert time.monotonic() - start < 300
         time.sleep(0.01)
 
@@ -125,26 +149,17 @@ def times(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def test_a_restart_does_only_what_is_missing(study_file: Path) -> None:
-    folders = [study_file.parent / "runs" / f"good-{seed}" for seed in (0, 1)]
-    before = [times(folder) for folder in folders]
-    code, out, _ = tdq_study(study_file, "--part", "good")
-    assert code == 0
-    assert "good: Good. 0 of 2 runs to do, about no time" in out
-    assert [times(folder) for folder in folders] == before
-
-
-def test_only_the_report(study_file: Path, tmp_path: Path) -> None:
-    code, out, _ = tdq_study(study_file, "--report", "--results", str(tmp_path))
+def test_only_the_report(study_file: Path, runs: Path, tmp_path: Path) -> None:
+    code, out, _ = tdq_study(study_file, runs, "--report", "--results", str(tmp_path))
     assert (code, out.replace("\n", "")) == (0, f"The report is in {tmp_path / 'tiny.md'}")
 
 
-def test_a_folder_belongs_to_one_study(study_file: Path) -> None:
+def test_a_folder_belongs_to_one_study(study_file: Path, runs: Path) -> None:
     message = r"holds a run with other settings: evaluation\.samples=100, not 200. .*--output"
     with pytest.raises(ConfigError, match=message):
-        Study(str(study_file), study_file.parent / "runs", samples=200)
+        Study(str(study_file), runs, samples=200)
 
 
-def test_a_part_that_is_not_there(study_file: Path) -> None:
-    code, _, err = tdq_study(study_file, "--part", "goood")
+def test_a_part_that_is_not_there(study_file: Path, tmp_path: Path) -> None:
+    code, _, err = tdq_study(study_file, tmp_path, "--part", "goood")
     assert (code, err.strip()) == (1, "error: part = 'goood' is none of good.")

@@ -46,6 +46,7 @@ result = [bool(config.JIT_ENABLED), *output(), default_weights()]
 """
 
 
+@pytest.mark.slow
 def test_same_values_with_and_without():
     names = {}
     exec(CODE, names)
