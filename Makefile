@@ -7,7 +7,7 @@ demo: .venv/recipes.stamp
 	$(BIN)/tdq run ddim-digits-ptq
 
 test: .venv/all.stamp
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/all.stamp
 	$(BIN)/pytest -m slow
