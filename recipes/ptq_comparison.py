@@ -1,6 +1,6 @@
 """Stages of the PTQ recipes that compare methods: how a run starts, its scales, its rows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from tqdm.auto import tqdm
@@ -32,6 +32,7 @@ class ComparisonRun:
         model: The float model.
         state: What is finished so far.
         evaluator: What every method is measured on.
+        deployed: Methods in the framework's form for deployment, as far as they were needed.
     """
 
     config: PTQConfig
@@ -39,6 +40,13 @@ class ComparisonRun:
     model: FloatModel
     state: RunState
     evaluator: Evaluator
+    deployed: dict[str, Denoiser] = field(default_factory=dict)
+
+    def deploy(self, states: MethodStates, name: str) -> Denoiser:
+        """A method's deployed model; made once, as some frameworks take seconds for it."""
+        if name not in self.deployed:
+            self.deployed[name] = self.framework.deploy(states.load(name))
+        return self.deployed[name]
 
 
 def begin(config: PTQConfig) -> ComparisonRun:
@@ -72,7 +80,7 @@ def measure(run: ComparisonRun, states: MethodStates) -> None:
     framework = run.framework
     for name in run.config.int8_methods:
         if run.state.result(name, framework.execution) is None:
-            denoiser = framework.deploy(states.load(name))
+            denoiser = run.deploy(states, name)
             _measure(run, name, framework.execution, denoiser)
     for name in run.config.fake_methods:
         if run.state.result(name, "fake") is None:
@@ -81,7 +89,7 @@ def measure(run: ComparisonRun, states: MethodStates) -> None:
     for name in run.config.correction.methods:
         row = name + CORRECTED
         if run.state.result(row, framework.execution) is None:
-            denoiser = framework.deploy(states.load(name))
+            denoiser = run.deploy(states, name)
             correction = correction_of(
                 denoiser,
                 run.model,

@@ -66,8 +66,8 @@ def measure_latency(run: "ComparisonRun", start: Start, states: MethodStates) ->
     framework, rounds = run.framework, run.config.latency_rounds
     denoisers = {
         "float32": framework.deploy_float(run.model.unet, start.data),
-        "static_int8": framework.deploy(states.load("lsq")),
-        "tdq_int8": framework.deploy(states.load("tdq")),
+        "static_int8": run.deploy(states, "lsq"),
+        "tdq_int8": run.deploy(states, "tdq"),
         "dynamic_int8": framework.deploy_dynamic(states.load("tdq")),
     }
     timesteps = list(tdq.load_table(run.state.table_path("tdq")).timesteps)

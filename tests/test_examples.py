@@ -49,6 +49,7 @@ def test_brevitas_qat(tmp_path, capsys, monkeypatch, pipeline):
     assert all(torch.equal(saved[name], resumed[name]) for name in saved)
 
 
+@pytest.mark.slow
 def test_nncf_qat(tmp_path, capsys, monkeypatch, pipeline):
     example = load("nncf_qat")
     monkeypatch.setattr(example, "MODEL", pipeline)
