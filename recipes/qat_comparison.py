@@ -17,7 +17,7 @@ from tdq_plugin.recipes.objectives import Objective
 from tdq_plugin.recipes.plan import Plan, training_memory
 from tdq_plugin.recipes.qat_config import ComparisonConfig
 from tdq_plugin.recipes.qat_methods import METHODS, apply_method, calibrate_bank
-from tdq_plugin.recipes.qat_model import copy_weights, load_weights, prepare, save_weights
+from tdq_plugin.recipes.qat_model import copy_weights, load_weights, lower, prepare, save_weights
 from tdq_plugin.recipes.qat_stages import QATRun, make_objective, train
 from tdq_plugin.recipes.sampling import scheduler_with
 from tdq_plugin.recipes.training import Training
@@ -155,13 +155,17 @@ def evaluator_of(config: ComparisonConfig, model: FloatModel) -> Evaluator:
 
 
 def measure(run: QATRun[ComparisonConfig], evaluator: Evaluator) -> None:
-    """Measure what has been trained, and keep the results."""
+    """Measure what has been trained, on integer kernels where the method allows it."""
     for name in run.config.methods:
-        if run.state.result(name) is None:
+        execution = METHODS[name].execution
+        if run.state.result(name, execution) is None:
             quantized = trained(run, name, evaluator)
+            if execution == "int8":
+                quantized = lower(quantized)
             title = f"{METHODS[name].title}: images"
             with tqdm(total=len(evaluator.noise), desc=title, unit="image") as progress:
-                run.state.save_result(name, evaluator.evaluate(quantized, progress.update))
+                result = evaluator.evaluate(quantized, progress.update)
+            run.state.save_result(name, result, execution)
 
 
 def trained(run: QATRun[ComparisonConfig], name: str, evaluator: Evaluator) -> fx.GraphModule:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 from torch import nn
 
@@ -42,6 +43,11 @@ class QATMethod:
     estimator: Estimator = "lsq"
     warm_start: bool = False
     dynamic: bool = False
+
+    @property
+    def execution(self) -> Literal["fake", "int8"]:
+        """How it is measured; the integer kernels' dynamic scales are a batch's, not an image's."""
+        return "fake" if self.dynamic else "int8"
 
 
 METHODS = {

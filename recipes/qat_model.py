@@ -29,6 +29,7 @@ __all__ = [
     "copy_weights",
     "frozen",
     "load_weights",
+    "lower",
     "prepare",
     "save_integer_model",
     "save_weights",
@@ -111,6 +112,12 @@ def copy_weights(run: Path, method: str, bits: str, path: Path) -> None:
         shutil.copyfile(source, temporary)
 
 
+def lower(model: fx.GraphModule) -> fx.GraphModule:
+    """Put a frozen model on integer kernels; dynamic quantizers then measure each batch."""
+    dynamic = any(quantizer.mode == "dynamic" for _, quantizer in tdq.named_quantizers(model))
+    return lower_to_int8(model, activations="dynamic" if dynamic else "table")
+
+
 def save_integer_model(
     folder: Path, model: fx.GraphModule, unet: UNet2DModel, scheduler: DDIMScheduler, recipe: str
 ) -> int:
@@ -128,9 +135,8 @@ def save_integer_model(
     Returns:
         The size in bytes.
     """
-    dynamic = any(quantizer.mode == "dynamic" for _, quantizer in tdq.named_quantizers(model))
     with frozen(model, scheduler), atomic_folder(folder) as temporary:
-        lowered = lower_to_int8(model.cpu(), activations="dynamic" if dynamic else "table")
+        lowered = lower(model.cpu())
         unet.save_config(temporary / "unet")
         scheduler.save_config(temporary / "scheduler")
         save_int8(lowered, temporary / "int8", extra={"recipe": recipe})

@@ -80,13 +80,13 @@ def _rows(config: ComparisonConfig, state: RunState, evaluator: Evaluator) -> li
     ]
     for name in config.methods:
         measured = {**_result(state, name).metrics, **common}
-        row = {"method": METHODS[name].title, "key": name, "execution": "fake"}
+        row = {"method": METHODS[name].title, "key": name, "execution": METHODS[name].execution}
         rows.append(row | measured)
     return rows
 
 
 def _result(state: RunState, name: str) -> Result:
-    result = state.result(name)
+    result = state.result(name, METHODS[name].execution)
     assert result is not None
     return result
 

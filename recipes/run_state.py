@@ -49,7 +49,7 @@ class RunState:
         """Where an unfinished training of a method is."""
         return self.folder / "checkpoints" / f"{method}.safetensors"
 
-    def result(self, method: str, execution: str = "fake") -> Result | None:
+    def result(self, method: str, execution: str) -> Result | None:
         """The stored result, if the method is finished."""
         path = self._result_path(method, execution)
         if not path.exists():
@@ -57,7 +57,7 @@ class RunState:
         images = load_file(path.with_suffix(".safetensors"))["images"]
         return Result(**json.loads(path.read_text()), images=images)
 
-    def save_result(self, method: str, result: Result, execution: str = "fake") -> None:
+    def save_result(self, method: str, result: Result, execution: str) -> None:
         """Store a result; the JSON file comes last and marks it as finished."""
         path = self._result_path(method, execution)
         with atomic_file(path.with_suffix(".safetensors")) as temporary:

@@ -55,7 +55,7 @@ def sample(
     denoiser: Denoiser,
     scheduler: DDIMScheduler,
     noise: Tensor,
-    batch_size: int = 200,
+    batch_size: int = 100,
     advance: Callable[[int], Any] | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:

@@ -55,7 +55,7 @@ def test_the_report_is_about_decoded_images(report: dict[str, Any]) -> None:
     assert any("decoded by the autoencoder" in note for note in report["notes"])
     _, row = report["rows"]
     assert all(row[metric] > 0 for metric in METRICS)
-    images = load_file(folder / "rows" / "tdq.fake.safetensors")["images"]
+    images = load_file(folder / "rows" / "tdq.int8.safetensors")["images"]
     assert images.shape == (100, 1, 16, 16)
     assert images.abs().max() <= 1
 
