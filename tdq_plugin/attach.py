@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from tdq_plugin.errors import AdapterError, ConfigError
+from tdq_plugin.errors import AdapterError, ConfigError, TableMismatchError, TDQError
 from tdq_plugin.quantizer import ActivationQuantizer
 from tdq_plugin.registry import adapter_for
 from tdq_plugin.scales.bank import BankFactory, ScaleBank
@@ -51,7 +51,12 @@ def attach(
         quantizer.name = name
     make = bank or _agreed_bank(quantizers)
     model.scale_bank = make({name: q.grid for name, q in quantizers.items()})
-    adapter.connect(model, timestep_argument)
+    try:
+        adapter.connect(model, timestep_argument)
+    except TDQError:
+        # Else the corrected call would find a bank already.
+        del model.scale_bank
+        raise
     return model
 
 
@@ -84,10 +89,20 @@ def set_scale_bank(model: nn.Module, bank: ScaleBank) -> None:
     """Exchange the bank for another one with the same quantizers.
 
     Raises:
-        TableMismatchError: The quantizers' names differ.
+        TableMismatchError: The quantizers' names differ, their order, or their grids.
     """
-    check_names(expected=scale_bank(model).names, given=bank.names)
-    model.scale_bank = bank.to(scale_bank(model).device)
+    current = scale_bank(model)
+    check_names(expected=current.names, given=bank.names)
+    rows = zip(current.names, current.grids, strict=True)
+    given = zip(bank.names, bank.grids, strict=True)
+    for row, (mine, other) in enumerate(zip(rows, given, strict=True)):
+        if mine != other:
+            raise TableMismatchError(
+                f"Row {row} of the new bank is {other[0]!r} with {other[1]}, the model has "
+                f"{mine[0]!r} with {mine[1]}. Make the bank from the grids of "
+                "tdq_plugin.scale_bank(model), in their order."
+            )
+    model.scale_bank = bank.to(current.device)
 
 
 def named_quantizers(model: nn.Module) -> Iterator[tuple[str, ActivationQuantizer]]:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from tdq_plugin.attach import named_quantizers, scale_bank
 from tdq_plugin.errors import AdapterError
 from tdq_plugin.observe import Observation, TimestepObserver
+from tdq_plugin.quantizer import ActivationQuantizer
 from tdq_plugin.ranges import RangeMethod, search_range, search_scale
 from tdq_plugin.scales.bank import ScaleBank, TrainableBank
-from tdq_plugin.timestep import as_timesteps
 
 __all__ = ["calibrate", "calibration", "initialise_scales"]
 
@@ -55,7 +55,7 @@ def calibrate(
 def calibration(
     model: nn.Module, num_timesteps: int = 1000, bins: int = 50, samples: int = 2048
 ) -> Iterator[dict[str, TimestepObserver]]:
-    """Within the block, every call of the model is float and is observed.
+    """Within the block, the activations of every call of the model are float and are observed.
 
     Args:
         model: An attached model.
@@ -73,8 +73,8 @@ def calibration(
         for row, name in enumerate(quantizers)
     }
     modes = {name: quantizer.mode for name, quantizer in quantizers.items()}
-    watch = _Watch(bank)
-    handle = model.register_forward_hook(lambda *_: watch.collect(quantizers, observers))
+    watch = _Watch(bank, quantizers)
+    handle = model.register_forward_hook(lambda *_: watch.collect(observers))
     model.scale_bank = watch
     for quantizer in quantizers.values():
         quantizer.mode = "observe"
@@ -124,9 +124,9 @@ def initialise_scales(
 class _Watch(ScaleBank):
     """Stands in for the bank during calibration: remembers t, gives scales that nobody reads."""
 
-    def __init__(self, bank: ScaleBank) -> None:
+    def __init__(self, bank: ScaleBank, quantizers: dict[str, ActivationQuantizer]) -> None:
         super().__init__(dict(zip(bank.names, bank.grids, strict=True)))
-        self.seen: list[Tensor] = []
+        self._quantizers = quantizers
         self._device = bank.device
 
     @property
@@ -134,13 +134,18 @@ class _Watch(ScaleBank):
         return self._device
 
     def rows(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        self.seen.append(timesteps)
+        # A call that failed may have left something.
+        self._clear()
+        self._timesteps = timesteps
         ones = torch.ones(len(self.names), timesteps.shape[0], device=timesteps.device)
         return ones, ones
 
-    def collect(self, quantizers: dict[str, Any], observers: dict[str, TimestepObserver]) -> None:
-        timesteps = as_timesteps(self.seen.pop())
-        for name, quantizer in quantizers.items():
+    def collect(self, observers: dict[str, TimestepObserver]) -> None:
+        for name, quantizer in self._quantizers.items():
             for x in quantizer.observed:
-                observers[name].update(x, timesteps)
+                observers[name].update(x, self._timesteps)
+        self._clear()
+
+    def _clear(self) -> None:
+        for quantizer in self._quantizers.values():
             quantizer.observed.clear()

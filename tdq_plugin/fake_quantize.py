@@ -64,7 +64,7 @@ def fake_quantize(
             x, step, zero, quant_min, quant_max, step_gradient, factor
         )
         return output
-    return _levels(x * (1 / step), zero, quant_min, quant_max).mul_(step).to(x.dtype)
+    return _levels(_steps(x, step), zero, quant_min, quant_max).mul_(step).to(x.dtype)
 
 
 def quantize(
@@ -171,7 +171,9 @@ class _LearnedStep(torch.autograd.Function):
 
 def _dot(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     count = max(scale.numel(), 1)
-    products: Tensor = torch.linalg.vecdot(a.reshape(count, -1), b.reshape(count, -1))
+    # Autocast would round both to bfloat16, and the difference of two such sums is lost.
+    with torch.autocast(a.device.type, enabled=False):
+        products: Tensor = torch.linalg.vecdot(a.reshape(count, -1), b.reshape(count, -1))
     return products.reshape(scale.shape)
 
 

@@ -3,11 +3,14 @@
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 __all__ = ["atomic_file", "atomic_folder"]
+
+_UMASK_LOCK = threading.Lock()
 
 
 @contextmanager
@@ -92,9 +95,10 @@ def _previous(path: Path) -> Path:
 
 
 def _umask() -> int:
-    # The only way to read it is to set it.
-    mask = os.umask(0o077)
-    os.umask(mask)
+    # The only way to read it is to set it; a second thread in between would restore the wrong one.
+    with _UMASK_LOCK:
+        mask = os.umask(0o077)
+        os.umask(mask)
     return mask
 
 

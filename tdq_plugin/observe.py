@@ -87,11 +87,12 @@ class TimestepObserver:
 
     def merge(self, other: "TimestepObserver") -> None:
         """Add what another observer of the same quantizer has seen."""
-        if (other.name, other.bins) != (self.name, self.bins):
-            raise CalibrationError(
-                f"An observer of {other.name!r} with {other.bins} bins cannot be merged into "
-                f"one of {self.name!r} with {self.bins}."
-            )
+        ours, theirs = (
+            f"{observer.num_timesteps} timesteps of {observer.name!r} with {observer.bins} bins"
+            for observer in (self, other)
+        )
+        if ours != theirs:
+            raise CalibrationError(f"An observer of {theirs} cannot be merged into one of {ours}.")
         self.limits[:, 0] = torch.minimum(self.limits[:, 0], other.limits[:, 0])
         self.limits[:, 1] = torch.maximum(self.limits[:, 1], other.limits[:, 1])
         self.moments += other.moments

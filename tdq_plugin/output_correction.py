@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tdq_plugin.errors import LookupRuleError, ScaleError, TableFormatError
 from tdq_plugin.files import atomic_file
+from tdq_plugin.float32 import Float32Module
 from tdq_plugin.timestep import as_timesteps
 
 __all__ = ["CorrectedDenoiser", "OutputCorrection", "load_correction"]
@@ -20,7 +21,7 @@ FORMAT_VERSION = 1
 _METADATA = {"format": "tdq-output-correction", "version": str(FORMAT_VERSION)}
 
 
-class OutputCorrection(nn.Module):
+class OutputCorrection(Float32Module):
     """Offsets that are added to the predicted noise, one for each timestep of a sampler.
 
     Args:

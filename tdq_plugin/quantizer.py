@@ -60,7 +60,8 @@ class ActivationQuantizer(nn.Module):
         if self.mode == "off":
             return x
         if self.mode == "observe":
-            self.observed.append(x.detach())
+            # A copy, for the model may go on to change `x` in place.
+            self.observed.append(x.detach().clone())
             return x
         if self.mode == "dynamic":
             scale, zero_point = dynamic_range(x, self.grid)
@@ -82,8 +83,8 @@ class ActivationQuantizer(nn.Module):
 
 
 def dynamic_range(x: Tensor, grid: QuantizationGrid) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of each sample from its own minimum and maximum, shape `(B,)` each."""
-    flat = x.detach().reshape(x.shape[0], -1)
+    """Scale and zero point of each sample from its own limits, float32, shape `(B,)` each."""
+    flat = x.detach().float().reshape(x.shape[0], -1)
     low, high = flat.amin(dim=1).clamp(max=0), flat.amax(dim=1).clamp(min=0)
     if grid.symmetric:
         scale = high / grid.quant_max

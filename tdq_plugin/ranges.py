@@ -116,6 +116,8 @@ def _affine(low: Tensor, high: Tensor, grid: QuantizationGrid) -> tuple[Tensor, 
 def _covering_scale(
     low: Tensor, high: Tensor, zero_point: Tensor, grid: QuantizationGrid
 ) -> Tensor:
-    above = (grid.quant_max - zero_point).clamp(min=0.5)
-    below = (zero_point - grid.quant_min).clamp(min=0.5)
-    return torch.maximum(high / above, -low / below).clamp(min=SCALE_FLOOR)
+    above, below = grid.quant_max - zero_point, zero_point - grid.quant_min
+    # No scale covers the values on a side of zero that has no codes: they do not count.
+    needed_above = torch.where(above > 0, high / above, torch.zeros_like(high))
+    needed_below = torch.where(below > 0, -low / below, torch.zeros_like(low))
+    return torch.maximum(needed_above, needed_below).clamp(min=SCALE_FLOOR)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from tdq_plugin.errors import CalibrationError
 from tdq_plugin.fake_quantize import fake_quantize, quantize
+from tdq_plugin.float32 import Float32Module
 from tdq_plugin.grid import QuantizationGrid
 from tdq_plugin.pseudo_quantize import pseudo_quantize
 from tdq_plugin.ranges import RangeMethod, search_range
@@ -13,7 +14,7 @@ from tdq_plugin.scales.bank import SCALE_FLOOR
 __all__ = ["WeightQuantizer"]
 
 
-class WeightQuantizer(nn.Module):
+class WeightQuantizer(Float32Module):
     """Fake quantization of a weight along its output channels, with LSQ gradients.
 
     Args:

@@ -192,6 +192,29 @@ def test_low_precision_in_and_out_with_a_float32_scale(dtype: torch.dtype, learn
         assert scale.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_with_one_scale_is_that_of_one_scale_per_sample(dtype: torch.dtype) -> None:
+    x = torch.randn(8, 99, generator=torch.Generator().manual_seed(0)).to(dtype)
+    scale, zero_point = torch.tensor(0.0371), torch.tensor(120.0)
+    per_sample_rows = scale.expand(8), zero_point.expand(8)
+    expected = fake_quantize(x, *per_sample_rows, 0, 255)
+    assert torch.equal(fake_quantize(x, scale, zero_point, 0, 255), expected)
+    trained = fake_quantize(x.clone().requires_grad_(), scale, zero_point, 0, 255)
+    assert torch.equal(trained, expected)
+
+
+def test_backward_within_autocast_gives_the_same_gradient() -> None:
+    x = torch.randn(4, 999, generator=torch.Generator().manual_seed(0))
+    scale = torch.full((4,), 0.037, requires_grad=True)
+
+    def gradient(autocast: bool) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            output = fake_quantize(x, scale, torch.zeros(4), -128, 127)
+            return torch.autograd.grad(output.square().sum(), scale)[0]
+
+    assert torch.equal(gradient(autocast=True), gradient(autocast=False))
+
+
 def test_gradient_of_low_precision_x_has_its_dtype() -> None:
     x = torch.randn(4, 9, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
     fake_quantize(x, torch.tensor(0.1), torch.tensor(0.0), -8, 7).sum().backward()

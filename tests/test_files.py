@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -35,6 +36,18 @@ def write_half(context: AbstractContextManager[Path], *part: str) -> None:
     with context as temporary:
         temporary.joinpath(*part).write_text("half")
         raise KeyboardInterrupt
+
+
+def test_threads_leave_the_process_s_permissions(tmp_path: Path) -> None:
+    before, interval = os.umask(0o022), sys.getswitchinterval()
+    sys.setswitchinterval(1e-7)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            seen = set(threads.map(lambda _: tdq_plugin.files._umask(), range(50_000)))
+        assert seen == {0o022}
+    finally:
+        sys.setswitchinterval(interval)
+        os.umask(before)
 
 
 def read_folder(path: Path) -> set[str]:

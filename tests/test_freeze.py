@@ -33,6 +33,7 @@ class Attached(nn.Module):
         (torch.tensor([[3], [1]]), [1.0, 3.0]),
         (torch.tensor(7), [7.0]),
         ((5,), [5.0]),
+        ([1.0, 1.0 + 1e-12], [1.0]),
     ],
 )
 def test_timesteps_are_sorted_and_unique(timesteps, expected: list[float]) -> None:

@@ -9,7 +9,13 @@ from torch import nn
 
 import tdq_plugin as tdq
 from tdq_plugin.adapters.torch_ao import quantize_eager
-from tdq_plugin.errors import AdapterError, CalibrationError, TimestepError
+from tdq_plugin.errors import (
+    AdapterError,
+    CalibrationError,
+    TableMismatchError,
+    TimestepError,
+)
+from tdq_plugin.grid import activation_grid
 from tdq_plugin.hooks import at_timestep
 
 SAMPLE = BATCHES[2][0][:4]
@@ -67,3 +73,47 @@ def test_scales_that_are_missing_matter_to_whoever_wants_one():
         quantizer._forward_pre_hooks.clear()
         quantizer.mode = "off"
     assert model(SAMPLE, 250).isfinite().all()
+
+
+class StepDenoiser(TinyDenoiser):
+    """Its timestep has a name of its own."""
+
+    def forward(self, sample, step):
+        return super().forward(sample, step)
+
+
+def test_attach_again_after_it_was_refused():
+    model = quantize_eager(StepDenoiser().eval())
+    with pytest.raises(TimestepError, match=r"timestep_argument='\.\.\.'"):
+        tdq.attach(model)
+    attached = tdq.attach(model, tdq.ConstantBank, timestep_argument="step")
+    tdq.calibrate(attached, BATCHES)
+    assert attached(SAMPLE, 250).isfinite().all()
+
+
+@pytest.mark.parametrize("change", ["order", "grids"])
+def test_a_bank_with_other_rows_is_no_exchange(model, change):
+    bank = model.scale_bank
+    grids = dict(zip(bank.names, bank.grids, strict=True))
+    if change == "order":
+        grids = dict(reversed(grids.items()))
+    else:
+        grids["conv_in.input"] = activation_grid(3)
+    with pytest.raises(TableMismatchError, match=r"Row 0 of the new bank is .* in their order"):
+        tdq.set_scale_bank(model, tdq.ConstantBank(grids))
+    assert model.scale_bank is bank
+
+
+def test_calibration_forgets_a_call_that_failed(model):
+    def fail(*_):
+        raise ZeroDivisionError
+
+    with tdq.calibration(model) as observers, torch.no_grad():
+        handle = model.conv_out.register_forward_pre_hook(fail)
+        with pytest.raises(ZeroDivisionError):
+            model(SAMPLE * 1000, 900)
+        handle.remove()
+        model(SAMPLE, 250)
+    seen = observers["conv_in.input"].result()
+    assert seen.timesteps.tolist() == [250.0]
+    assert seen.limits.tolist() == [[SAMPLE.min().item(), SAMPLE.max().item()]]

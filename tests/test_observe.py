@@ -122,3 +122,5 @@ def test_no_data() -> None:
 def test_only_observers_of_the_same_quantizer_merge() -> None:
     with pytest.raises(CalibrationError, match=r"'conv.input' with 5 bins cannot be merged"):
         observer().merge(observer(bins=5))
+    with pytest.raises(CalibrationError, match=r"of 1000 timesteps .* one of 100 timesteps"):
+        observer().merge(observer(num_timesteps=1000))

@@ -28,6 +28,15 @@ def biased(x: Tensor, t: Tensor) -> Tensor:
     return reference(x, t) * 1.05 + ramp + float(t) / 5000
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_casting_a_model_leaves_the_timesteps_of_its_correction(dtype: torch.dtype) -> None:
+    correction = tdq.OutputCorrection(torch.tensor([998.0, 999.0]), torch.ones(2, 1, 2, 2) * 0.5)
+    corrected = tdq.CorrectedDenoiser(lambda x, t: x, correction).to(dtype)
+    output = corrected(torch.zeros(1, 1, 2, 2, dtype=dtype), 999)
+    assert output.dtype == dtype
+    assert output.unique().tolist() == [0.5]
+
+
 def mean_images(denoiser: object, scheduler: DDIMScheduler, noise: Tensor) -> list[Tensor]:
     means, current = [], noise
     for timestep in scheduler.timesteps:

@@ -33,6 +33,22 @@ def test_off_and_observe_pass_the_activation_through() -> None:
     assert len(quantizer.observed) == 1
 
 
+def test_what_was_observed_does_not_follow_the_activation() -> None:
+    quantizer = ActivationQuantizer(activation_grid(4))
+    quantizer.mode = "observe"
+    x = X.clone()
+    quantizer(x).mul_(100)
+    assert torch.equal(quantizer.observed[0], X)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dynamic_in_low_precision(dtype: torch.dtype) -> None:
+    quantizer = ActivationQuantizer(activation_grid(8))
+    quantizer.mode = "dynamic"
+    x = (X * torch.tensor([1.0, 10.0, 0.0, 100.0]).reshape(4, 1, 1)).to(dtype)
+    assert torch.equal(quantizer(x), quantizer(x.float()).to(dtype))
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_dynamic_covers_each_sample_by_its_own_range(symmetric: bool) -> None:
     grid = activation_grid(8, symmetric)
@@ -145,6 +161,16 @@ def test_zero_points_travel_in_the_state_dict_and_older_files_have_none() -> Non
         restored.load_state_dict(older)
         assert torch.equal(restored(WEIGHT), symmetric(WEIGHT))
     assert "zero_point" not in older
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_casting_a_model_leaves_the_scales_of_its_weights(dtype: torch.dtype) -> None:
+    quantizer, weight = WeightQuantizer(weight_grid(8)), WEIGHT.clone()
+    weight[0] = 0
+    quantizer.initialise(weight)
+    expected = quantizer(weight.to(dtype))
+    assert torch.equal(quantizer.to(dtype)(weight.to(dtype)), expected)
+    assert bool(expected.isfinite().all())
 
 
 def test_a_weight_quantizer_without_scale() -> None:

@@ -9,6 +9,7 @@ from tdq_plugin.errors import ConfigError
 from tdq_plugin.fake_quantize import fake_quantize
 from tdq_plugin.grid import QuantizationGrid, activation_grid, weight_grid
 from tdq_plugin.ranges import rounding_error, search_range, search_scale
+from tdq_plugin.scales.bank import SCALE_FLOOR
 
 GRIDS = [activation_grid(4), activation_grid(8), weight_grid(4), weight_grid(8)]
 METHODS = ["minmax", "percentile", "mse"]
@@ -93,6 +94,20 @@ def test_a_given_zero_point_is_kept_and_covered(method: str) -> None:
         low, high = (0 - zero_point) * scale, (255 - zero_point) * scale
         assert values[1].min() >= low[1] - 1e-4
         assert values[1].max() <= high[1] + 1e-4
+
+
+@given(st.integers(0, 1000), st.sampled_from(["minmax", "mse"]), st.booleans())
+def test_values_on_a_side_without_codes_do_not_count(seed: int, method: str, below: bool) -> None:
+    values, grid = sample(2, seed).abs(), activation_grid(4)
+    stray, zero_point = (-values, [0.0]) if below else (values, [15.0])
+    expected = search_scale(-stray, torch.tensor(zero_point * 2), grid, method)
+    strayed = torch.cat([-stray, stray], dim=1)
+    assert torch.equal(search_scale(strayed, torch.tensor(zero_point * 2), grid, method), expected)
+
+
+def test_a_row_that_has_no_code_gets_the_smallest_scale() -> None:
+    scale = search_scale(-sample(1).abs(), torch.zeros(1), activation_grid(4))
+    assert scale.item() == pytest.approx(SCALE_FLOOR)
 
 
 def test_symmetric_search_scale_equals_search_range() -> None:

@@ -7,7 +7,7 @@ from torch import fx, nn
 
 from tdq_plugin.adapters.torch_ao.fake_quantize import TDQFakeQuantize, initialise_weights
 from tdq_plugin.errors import AdapterError
-from tdq_plugin.graph.compute import is_layer, operand_indices
+from tdq_plugin.graph.compute import is_layer, make_operands_positional, operand_indices
 from tdq_plugin.graph.scale_edge import connect_scales
 from tdq_plugin.graph.timestep_node import find_timestep_node, insert_timestep_node
 from tdq_plugin.graph.timestep_path import Source, sources
@@ -31,6 +31,7 @@ class TorchAOAdapter:
     @staticmethod
     def quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
         graph_module = _as_graph_module(model)
+        make_operands_positional(graph_module.graph)
         _strip(graph_module)
         initialise_weights(graph_module)
         nodes = _quantizer_nodes(graph_module)

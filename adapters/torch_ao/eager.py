@@ -3,6 +3,7 @@
 from typing import TypeVar
 
 from torch import Tensor, fx, nn
+from torch.ao.quantization import QConfig
 from torch.nn import functional
 
 from tdq_plugin.adapters.torch_ao.fake_quantize import TDQFakeQuantize, initialise_weights
@@ -118,16 +119,23 @@ def quantize_eager(
             f"None of the {len(layers)} convolutions and linear layers of this "
             f"{type(model).__name__} is left to quantize. Check float_layers and timestep_layers."
         )
-    for path in chosen:
-        outer = first_last_bits if path in (chosen[0], chosen[-1]) else None
-        bits = outer or activation_bits, outer or weight_bits
-        qconfig = tdq_qconfig(*bits, symmetric_activations, symmetric_weights)
+    bits = dict.fromkeys(chosen, (activation_bits, weight_bits))
+    if first_last_bits is not None:
+        bits[chosen[0]] = bits[chosen[-1]] = first_last_bits, first_last_bits
+    symmetric = symmetric_activations, symmetric_weights
+    # All made before the first layer changes: bits may be wrong.
+    quantizers = [_quantizers(tdq_qconfig(*bits[path], *symmetric)) for path in chosen]
+    for path, (activation, weight) in zip(chosen, quantizers, strict=True):
         # The layer object stays itself: references to it, hooks and tied parameters stay valid.
         layers[path].__class__ = _QUANTIZED[type(layers[path])]
-        layers[path].activation_fake_quant = qconfig.activation()
-        layers[path].weight_fake_quant = qconfig.weight()
+        layers[path].activation_fake_quant = activation
+        layers[path].weight_fake_quant = weight
     initialise_weights(model)
     return model.train(model.training)
+
+
+def _quantizers(qconfig: QConfig) -> tuple[nn.Module, nn.Module]:
+    return qconfig.activation(), qconfig.weight()
 
 
 @register_adapter("torch_ao_eager")

@@ -70,7 +70,8 @@ def lower_to_int8(
         The lowered graph, in evaluation mode.
 
     Raises:
-        AdapterError: The model is not frozen, not on the CPU, or has a layer without int8 form.
+        AdapterError: The model is not frozen, not on the CPU, has a quantizer that is switched off,
+            or a layer without int8 form.
         LookupRuleError: The cache was asked for with a lookup rule other than `exact`.
         TraceError: The timestep path cannot be tabulated.
     """
@@ -86,6 +87,7 @@ def lower_to_int8(
     lowered.meta[_DESCRIPTION] = Int8Description(operands, weight_bits, cache_timestep_path)
     quantizers = _lower_quantizers(lowered, dynamic=activations == "dynamic")
     _insert_lookup(lowered, quantizers, cache_timestep_path)
+    lowered.graph.eliminate_dead_code()
     lowered.delete_all_unused_submodules()
     lowered.graph.lint()
     lowered.recompile()
@@ -152,6 +154,11 @@ def _lower_quantizers(graph_module: fx.GraphModule, dynamic: bool) -> dict[fx.No
     for row, node in enumerate(quantizer_nodes(graph_module).values()):
         module = graph_module.get_submodule(str(node.target))
         assert isinstance(module, ActivationQuantizer)
+        if module.mode in ("off", "observe"):
+            raise AdapterError(
+                f"The quantizer {node.target!r} is in mode {module.mode!r}, so the lowered graph "
+                "would differ from the model. Set its mode to 'quantize'."
+            )
         integer = [user for user in node.users if user.target in int8_layers]
         others = [user for user in node.users if user not in integer]
         codes, values = (DynamicCodes, DynamicValues) if dynamic else (TableCodes, TableValues)
@@ -161,7 +168,6 @@ def _lower_quantizers(graph_module: fx.GraphModule, dynamic: bool) -> dict[fx.No
                 graph_module.add_submodule(path, kind(module.grid))
                 rows[_replace(node, path, users)] = row
         graph_module.graph.erase_node(node)
-    graph_module.graph.eliminate_dead_code()
     return {} if dynamic else rows
 
 
@@ -197,7 +203,6 @@ def _insert_lookup(
             value = graph.call_function(operator.getitem, (looked_up, index))
         users = {user for user in boundary.users if depends[user] != Source.TIMESTEP}
         boundary.replace_all_uses_with(value, users.__contains__)
-    graph.eliminate_dead_code()
 
 
 def _lookup_nodes(timesteps: fx.Node) -> tuple[fx.Node, fx.Node]:

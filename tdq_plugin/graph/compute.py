@@ -8,15 +8,23 @@ from torch import fx, nn
 
 from tdq_plugin.quantizer import ActivationQuantizer
 
-__all__ = ["LAYERS", "PRODUCTS", "is_layer", "is_product", "is_quantizer", "operand_indices"]
+__all__ = [
+    "LAYERS",
+    "PRODUCTS",
+    "is_layer",
+    "is_product",
+    "is_quantizer",
+    "make_operands_positional",
+    "operand_indices",
+]
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
-PRODUCTS: dict[Any, int] = {
-    torch.matmul: 2,
-    operator.matmul: 2,
-    torch.bmm: 2,
-    torch.baddbmm: 3,
-    nn.functional.scaled_dot_product_attention: 3,
+PRODUCTS: dict[Any, tuple[str, ...]] = {
+    torch.matmul: ("input", "other"),
+    operator.matmul: ("a", "b"),
+    torch.bmm: ("input", "mat2"),
+    torch.baddbmm: ("input", "batch1", "batch2"),
+    nn.functional.scaled_dot_product_attention: ("query", "key", "value"),
 }
 
 
@@ -43,7 +51,17 @@ def operand_indices(node: fx.Node) -> list[int]:
         return []
     # baddbmm adds its first argument, it does not multiply it.
     first = 1 if node.target is torch.baddbmm else 0
-    return list(range(first, PRODUCTS[node.target]))
+    return list(range(first, len(PRODUCTS[node.target])))
+
+
+def make_operands_positional(graph: fx.Graph) -> None:
+    """Let `matmul(input=a, other=b)` be `matmul(a, b)`: operands are known by their position."""
+    for node in graph.nodes:
+        names = ("input",) if is_layer(node) else PRODUCTS.get(node.target, ())
+        for name in names[len(node.args) :]:
+            if name in node.kwargs:
+                node.args = (*node.args, node.kwargs[name])
+                node.kwargs = {key: value for key, value in node.kwargs.items() if key != name}
 
 
 def _called(node: fx.Node) -> nn.Module | None:

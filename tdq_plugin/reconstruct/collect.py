@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from tdq_plugin.errors import CalibrationError
+from tdq_plugin.errors import CalibrationError, ConfigError
 
 __all__ = [
     "CalibrationSet",
@@ -59,7 +59,8 @@ def collect_trajectories(
     Args:
         model: Called as `model(samples, timestep)`; returns the predicted noise, or a tuple or
             output object that starts with it.
-        scheduler: A diffusers scheduler with its timesteps set.
+        scheduler: A diffusers scheduler of single steps that neither scales its input nor remembers
+            earlier steps, such as `DDIMScheduler`, with its timesteps set.
         sample_shape: Shape of one sample, `(C, H, W)`.
         images: Trajectories; 256 of them with 20 steps are PTQ4DM's 5,120 samples.
         distribution: `uniform` keeps every step of every trajectory. `normal` keeps more of the
@@ -74,6 +75,7 @@ def collect_trajectories(
 
     Raises:
         CalibrationError: The budget does not hold one sample per timestep.
+        ConfigError: There is no such distribution.
     """
     steps = list(scheduler.timesteps)
     counts = samples_per_step(len(steps), images, distribution, sample_shape, byte_budget)
@@ -113,11 +115,14 @@ def samples_per_step(
 
     Raises:
         CalibrationError: The budget does not hold one sample per timestep.
+        ConfigError: There is no such distribution.
 
     Example:
         >>> samples_per_step(3, 256, "uniform", (3, 32, 32), byte_budget=2**20)
         [28, 28, 28]
     """
+    if distribution not in get_args(TimestepDistribution):
+        raise ConfigError(f"distribution = {distribution!r} is not uniform or normal.")
     affordable = byte_budget // (torch.Size(sample_shape).numel() * 4)
     if affordable < steps:
         raise CalibrationError(

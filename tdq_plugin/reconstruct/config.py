@@ -1,6 +1,7 @@
 """How a reconstruction trains."""
 
 from dataclasses import dataclass
+from typing import get_args
 
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.reconstruct.blocks import Granularity
@@ -27,7 +28,7 @@ class ReconstructionConfig:
         rounding_regularisation: Weight of the penalty that drives them to a decision.
 
     Raises:
-        ConfigError: A number is not positive.
+        ConfigError: A number is not positive, or there is no such granularity.
     """
 
     granularity: Granularity = "network"
@@ -44,3 +45,5 @@ class ReconstructionConfig:
         rates = self.learning_rate, self.rounding_learning_rate, self.rounding_regularisation
         if min(self.iterations, self.batch_size) < 1 or min(rates) <= 0:
             raise ConfigError(f"{self} needs positive numbers.")
+        if self.granularity not in get_args(Granularity):
+            raise ConfigError(f"granularity = {self.granularity!r} is not block or network.")

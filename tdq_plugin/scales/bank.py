@@ -2,13 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from tdq_plugin.errors import CalibrationError, ScaleError
+from tdq_plugin.errors import CalibrationError, ConfigError, ScaleError
 from tdq_plugin.fake_quantize import round_straight_through
+from tdq_plugin.float32 import Float32Module
 from tdq_plugin.grid import QuantizationGrid
 from tdq_plugin.timestep import as_timesteps
 
@@ -25,7 +26,7 @@ SCALE_FLOOR = 1e-12
 Output = Literal["exponential", "softplus"]
 
 
-class ScaleBank(nn.Module, ABC):
+class ScaleBank(Float32Module, ABC):
     """Scales and zero points of all L activation quantizers of a model, as functions of t.
 
     Args:
@@ -61,18 +62,6 @@ class ScaleBank(nn.Module, ABC):
     def device(self) -> torch.device:
         """Where the bank lives."""
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ScaleBank":
-        """Move, but stay float32: a bfloat16 scale is wrong by 0.4 %."""
-
-        def keep_float32(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if tensor.is_floating_point() and moved.dtype != tensor.dtype:
-                return tensor.to(moved.device)
-            return moved
-
-        super()._apply(keep_float32, recurse)  # type: ignore[no-untyped-call]
-        return self
-
 
 class TrainableBank(ScaleBank):
     """A bank whose rows are learned, relative to a static scale per quantizer.
@@ -84,6 +73,9 @@ class TrainableBank(ScaleBank):
         grids: The grid of each quantizer by its name.
         output: How a curve becomes a positive scale.
         timestep_zero_point: Let the zero point move with t, too.
+
+    Raises:
+        ConfigError: There is no such output.
     """
 
     base_scale: Tensor
@@ -97,6 +89,8 @@ class TrainableBank(ScaleBank):
         timestep_zero_point: bool = False,
     ) -> None:
         super().__init__(grids)
+        if output not in get_args(Output):
+            raise ConfigError(f"output = {output!r} is not one of {', '.join(get_args(Output))}.")
         self.output = output
         self.timestep_zero_point = timestep_zero_point
         rows = len(self.names)
@@ -191,6 +185,10 @@ class TrainableBank(ScaleBank):
                 f"{missing[0]!r}. Run tdq_plugin.calibrate, or load a state dict."
             )
         self._calibrated = True
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._calibrated = False
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 BankFactory = Callable[[Mapping[str, QuantizationGrid]], TrainableBank]

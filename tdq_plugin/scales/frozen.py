@@ -1,11 +1,11 @@
 """The frozen bank: rows of a table, found by the value of t."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from tdq_plugin.errors import LookupRuleError
+from tdq_plugin.errors import ConfigError, LookupRuleError
 from tdq_plugin.scales.bank import ScaleBank
 from tdq_plugin.table import ScaleTable
 
@@ -22,6 +22,9 @@ class FrozenBank(ScaleBank):
         lookup: `exact`: t must be in the table. `nearest`: the row nearest to t. `linear`: scales
             between two rows are interpolated, zero points come from the nearest row. A t outside
             the table is an error under every rule.
+
+    Raises:
+        ConfigError: There is no such lookup rule.
     """
 
     timesteps: Tensor
@@ -30,6 +33,8 @@ class FrozenBank(ScaleBank):
 
     def __init__(self, table: ScaleTable, lookup: Lookup = "exact") -> None:
         super().__init__(table.grids)
+        if lookup not in get_args(Lookup):
+            raise ConfigError(f"lookup={lookup!r} is not one of {', '.join(get_args(Lookup))}.")
         self.lookup: Lookup = lookup
         self.register_buffer("timesteps", table.timesteps.clone())
         self.register_buffer("scales", table.scales.clone())

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from tdq_plugin.scales.encoding import (
 )
 
 __all__ = ["DEFAULT", "PAPER", "GeneratorBank", "GeneratorConfig"]
+
+Encoding = Literal["band_limited", "geometric"]
+Initialisation = Literal["zero_output", "he"]
 
 
 @dataclass(frozen=True)
@@ -36,15 +39,16 @@ class GeneratorConfig:
         num_timesteps: Length of the diffusion process; scales the band-limited encoding.
 
     Raises:
-        ConfigError: A size is not positive, or `encoding_size` is odd.
+        ConfigError: A size is not positive, `encoding_size` is odd, or there is no such encoding
+            or initialisation.
     """
 
-    encoding: Literal["band_limited", "geometric"] = "band_limited"
+    encoding: Encoding = "band_limited"
     encoding_size: int = 16
     depth: int = 4
     width: int = 64
     output: Output = "exponential"
-    initialisation: Literal["zero_output", "he"] = "zero_output"
+    initialisation: Initialisation = "zero_output"
     num_timesteps: int = 1000
 
     def __post_init__(self) -> None:
@@ -52,6 +56,10 @@ class GeneratorConfig:
             raise ConfigError(f"encoding_size = {self.encoding_size} is not even and positive.")
         if self.depth < 1 or self.width < 1:
             raise ConfigError(f"depth = {self.depth} and width = {self.width} must be positive.")
+        for name, known in (("encoding", Encoding), ("initialisation", Initialisation)):
+            value = getattr(self, name)
+            if value not in get_args(known):
+                raise ConfigError(f"{name} = {value!r} is not one of {', '.join(get_args(known))}.")
 
 
 DEFAULT = GeneratorConfig()

@@ -328,3 +328,10 @@ def test_a_timestep_path_that_is_no_table_is_refused(network, message):
         lower_to_int8(model)
     lowered = lower_to_int8(model, cache_timestep_path=False)
     torch.testing.assert_close(lowered(SAMPLE, 250), model(SAMPLE, 250), rtol=1e-5, atol=1e-4)
+
+
+def test_a_quantizer_that_is_switched_off(model):
+    switched = copy.deepcopy(model)
+    dict(tdq.named_quantizers(switched))["conv_in.input"].mode = "off"
+    with pytest.raises(AdapterError, match=r"is in mode 'off'.*Set its mode to 'quantize'"):
+        lower_to_int8(switched)

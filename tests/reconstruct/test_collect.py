@@ -2,8 +2,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from tdq_plugin.errors import CalibrationError
-from tdq_plugin.reconstruct import collect_trajectories
+from tdq_plugin.errors import CalibrationError, ConfigError
+from tdq_plugin.reconstruct import ReconstructionConfig, collect_trajectories
 
 SHAPE = (1, 4, 4)
 
@@ -66,3 +66,10 @@ def test_progress_reaches_the_end_and_seeds_repeat(scheduler):
     second = collect_trajectories(half, scheduler, SHAPE, images=5, batch_size=2)
     assert calls[-1] == (30, 30)
     assert torch.equal(first.samples, second.samples)
+
+
+def test_choices_that_there_are_not(scheduler):
+    with pytest.raises(ConfigError, match="distribution = 'Normal' is not uniform or normal"):
+        collect_trajectories(half, scheduler, SHAPE, distribution="Normal")
+    with pytest.raises(ConfigError, match="granularity = 'blocks' is not block or network"):
+        ReconstructionConfig(granularity="blocks")

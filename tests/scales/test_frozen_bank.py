@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tdq_plugin.errors import LookupRuleError
+from tdq_plugin.errors import ConfigError, LookupRuleError
 from tdq_plugin.freeze import evaluate_table
 from tdq_plugin.grid import activation_grid
 from tdq_plugin.scales import PAPER, FrozenBank, GeneratorBank, GeneratorConfig, Lookup
@@ -138,6 +138,11 @@ def test_state_dict_moves_rows_to_another_bank() -> None:
     first, second = FrozenBank(table([0.0, 10.0])), FrozenBank(table([5.0, 20.0]))
     second.load_state_dict(first.state_dict())
     assert torch.equal(rows_of(second, torch.tensor(10)), rows_of(first, torch.tensor(10)))
+
+
+def test_a_lookup_rule_that_there_is_not() -> None:
+    with pytest.raises(ConfigError, match="lookup='Linear' is not one of exact, nearest, linear"):
+        FrozenBank(table([0.0, 10.0]), "Linear")
 
 
 class Model(nn.Module):

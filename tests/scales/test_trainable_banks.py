@@ -159,6 +159,25 @@ def test_casting_a_model_leaves_its_bank_in_float32(kind: str, dtype: torch.dtyp
         assert torch.equal(value, before)
 
 
+def test_loading_a_bank_without_scales_into_one_that_ran() -> None:
+    bank, empty = make("constant"), ConstantBank(GRIDS).state_dict()
+    bank(5)
+    bank.load_state_dict(empty)
+    with pytest.raises(CalibrationError, match="3 of 3 quantizers have no scale yet"):
+        bank(5)
+
+
+@pytest.mark.parametrize("option", ["encoding", "initialisation"])
+def test_a_choice_of_the_generator_that_there_is_not(option: str) -> None:
+    with pytest.raises(ConfigError, match=f"{option} = 'other' is not one of "):
+        GeneratorConfig(**{option: "other"})
+
+
+def test_an_output_that_there_is_not() -> None:
+    with pytest.raises(ConfigError, match="output = 'exp' is not one of exponential, softplus"):
+        ConstantBank(GRIDS, output="exp")
+
+
 def test_a_bank_moves_to_another_device() -> None:
     bank = make("generator").to("meta")
     assert {tensor.device.type for tensor in bank.state_dict().values()} == {"meta"}

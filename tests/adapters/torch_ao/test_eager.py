@@ -163,3 +163,14 @@ def test_checkpoint_contexts_of_another_model(model):
         checkpoint_contexts(nn.Linear(1, 1))
     with pytest.raises(TimestepError, match="outside of a call"):
         checkpoint_contexts(model)
+
+
+@pytest.mark.parametrize(
+    "bits", [{"activation_bits": 9}, {"weight_bits": 1}, {"first_last_bits": 0}]
+)
+def test_bits_that_there_are_not_leave_the_model_as_it_was(bits):
+    model = TinyDenoiser().eval()
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ConfigError, match=r"[901] bits are not supported"):
+        quantize_eager(model, **bits)
+    assert {name: type(module) for name, module in model.named_modules()} == before

@@ -174,3 +174,36 @@ def test_torch_ao_switches(prepare):
     torch.testing.assert_close(model(CHAIN_INPUTS[0], 5), plain(CHAIN_INPUTS[0], torch.tensor(5)))
     model.apply(enable_fake_quant)
     assert torch.equal(model(CHAIN_INPUTS[0], 5), quantized)
+
+
+class Named(nn.Module):
+    """Its operands are given by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.out = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, sample, timestep):
+        query, key = self.query(sample), self.key(input=sample)
+        attended = functional.scaled_dot_product_attention(query, key=key, value=sample)
+        return self.out(input=torch.matmul(attended, other=key.transpose(1, 2)) @ query)
+
+
+def test_operands_that_are_given_by_name(prepare):
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    model = Named().eval()
+    expected = model(x, 5)
+    prepared = tdq.attach(prepare(model, (x, 5)), tdq.ConstantBank)
+    assert list(tdq.scale_bank(prepared).names) == [
+        "query.input",
+        "product.0.0",
+        "product.0.1",
+        "product.1.0",
+        "product.1.1",
+        "product.2.0",
+        "out.input",
+    ]
+    tdq.calibrate(prepared, [(x, 5)])
+    lowered = tdq.lower_to_int8(tdq.freeze(prepared, [5]))
+    with torch.no_grad():
+        torch.testing.assert_close(lowered(x, 5), expected, rtol=0.1, atol=0.05)
