@@ -60,8 +60,14 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
     Yields:
         The folder to fill. It is removed if the block raises, and `path` stays as it was.
+
+    Raises:
+        NotADirectoryError: There is a file at `path`.
+        OSError: Whatever the write itself raised, for example a full disk.
     """
     path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file; remove it, or choose another folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

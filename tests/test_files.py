@@ -70,6 +70,15 @@ def test_a_folder_is_created_and_replaced(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_folder_does_not_replace_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    path.write_text("kept")
+    with pytest.raises(NotADirectoryError, match="model is a file; remove it"):
+        write_folder(path, "new")
+    assert path.read_text() == "kept"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_others_may_read_what_was_written(tmp_path: Path) -> None:
     mask = os.umask(0o022)
     try:

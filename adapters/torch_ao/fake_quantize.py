@@ -51,6 +51,13 @@ class TDQFakeQuantize(ActivationQuantizer, FakeQuantizeBase):
         super().enable_fake_quant(enabled)
         self.mode = "quantize" if enabled else "off"
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if not self.fake_quant_enabled:
+            self.mode = "off"
+        elif self.mode == "off":
+            self.mode = "quantize"
+
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
         """Refused: a single scale would throw the timestep away.
 
@@ -104,6 +111,10 @@ class TDQWeightFakeQuantize(WeightQuantizer, FakeQuantizeBase):
         """Quantize, or let the weight pass."""
         super().enable_fake_quant(enabled)
         self.enabled = enabled
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.enabled = bool(self.fake_quant_enabled)
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.scale.numel() == 0:

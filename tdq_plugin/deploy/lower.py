@@ -3,7 +3,7 @@
 import copy
 import operator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import fx, nn
@@ -19,7 +19,7 @@ from tdq_plugin.deploy.weights import (
     int8_layer,
     weight_quantizer,
 )
-from tdq_plugin.errors import AdapterError, LookupRuleError
+from tdq_plugin.errors import AdapterError, ConfigError, LookupRuleError
 from tdq_plugin.graph.compute import is_layer
 from tdq_plugin.graph.timestep_node import find_timestep_node
 from tdq_plugin.graph.timestep_path import Source, sources
@@ -29,6 +29,7 @@ from tdq_plugin.scales.frozen import FrozenBank
 __all__ = ["LOOKUP", "Int8Description", "describe", "lower_to_int8"]
 
 LOOKUP = "timestep_lookup"
+Activations = Literal["table", "dynamic"]
 _DESCRIPTION = "tdq_int8"
 
 
@@ -51,7 +52,7 @@ def lower_to_int8(
     model: fx.GraphModule,
     *,
     cache_timestep_path: bool = True,
-    activations: Literal["table", "dynamic"] = "table",
+    activations: Activations = "table",
 ) -> fx.GraphModule:
     """Run a frozen graph's convolutions and linear layers on integer kernels.
 
@@ -70,11 +71,14 @@ def lower_to_int8(
         The lowered graph, in evaluation mode.
 
     Raises:
-        AdapterError: The model is not frozen, not on the CPU, has a quantizer that is switched off,
-            or a layer without int8 form.
+        AdapterError: The model is not frozen, not on the CPU, has a quantizer that is switched off
+            or one that is dynamic for `activations="table"`, or a layer without int8 form.
+        ConfigError: There is no such kind of `activations`.
         LookupRuleError: The cache was asked for with a lookup rule other than `exact`.
         TraceError: The timestep path cannot be tabulated.
     """
+    if activations not in get_args(Activations):
+        raise ConfigError(f"activations={activations!r} is not 'table' or 'dynamic'.")
     bank = _frozen_bank(model)
     if cache_timestep_path and bank.lookup != "exact":
         raise LookupRuleError(
@@ -154,10 +158,11 @@ def _lower_quantizers(graph_module: fx.GraphModule, dynamic: bool) -> dict[fx.No
     for row, node in enumerate(quantizer_nodes(graph_module).values()):
         module = graph_module.get_submodule(str(node.target))
         assert isinstance(module, ActivationQuantizer)
-        if module.mode in ("off", "observe"):
+        if module.mode != "quantize" and not (module.mode == "dynamic" and dynamic):
             raise AdapterError(
                 f"The quantizer {node.target!r} is in mode {module.mode!r}, so the lowered graph "
-                "would differ from the model. Set its mode to 'quantize'."
+                "would differ from the model. Set its mode to 'quantize'; if all are 'dynamic', "
+                "pass activations='dynamic'."
             )
         integer = [user for user in node.users if user.target in int8_layers]
         others = [user for user in node.users if user not in integer]

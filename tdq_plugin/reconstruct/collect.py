@@ -1,5 +1,6 @@
 """Calibration data from the sampler's own trajectories, balanced over timesteps."""
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -59,8 +60,7 @@ def collect_trajectories(
     Args:
         model: Called as `model(samples, timestep)`; returns the predicted noise, or a tuple or
             output object that starts with it.
-        scheduler: A diffusers scheduler of single steps that neither scales its input nor remembers
-            earlier steps, such as `DDIMScheduler`, with its timesteps set.
+        scheduler: A diffusers scheduler with its timesteps set; it stays as it is.
         sample_shape: Shape of one sample, `(C, H, W)`.
         images: Trajectories; 256 of them with 20 steps are PTQ4DM's 5,120 samples.
         distribution: `uniform` keeps every step of every trajectory. `normal` keeps more of the
@@ -85,13 +85,17 @@ def collect_trajectories(
     # Chosen beforehand, so that no more than the budget is ever held.
     wanted = [torch.randperm(images, generator=generator)[:count] for count in counts]
     kept = [torch.empty(count, *sample_shape) for count in counts]
-    for batch, samples in enumerate(starts):
+    for batch, start in enumerate(starts):
+        # A sampler may count its steps and remember earlier ones: each batch has its own.
+        sampler = copy.deepcopy(scheduler)
+        samples = start * float(sampler.init_noise_sigma)
         for index, timestep in enumerate(steps):
+            seen = sampler.scale_model_input(samples, timestep)
             row = wanted[index] - batch * batch_size
-            inside = (row >= 0) & (row < len(samples))
-            kept[index][inside] = samples[row[inside]]
-            noise = first_tensor(model(samples, timestep))
-            samples = scheduler.step(noise, timestep, samples).prev_sample
+            inside = (row >= 0) & (row < len(seen))
+            kept[index][inside] = seen[row[inside]]
+            noise = first_tensor(model(seen, timestep))
+            samples = sampler.step(noise, timestep, samples).prev_sample
             if progress is not None:
                 progress(batch * len(steps) + index + 1, len(starts) * len(steps))
     timesteps = [torch.full((len(c),), float(t)) for c, t in zip(kept, steps, strict=True)]

@@ -62,7 +62,8 @@ class LearnedTableBank(TrainableBank):
                     f"Timesteps {low:g} .. {high:g} are not within 0 .. {self.num_timesteps}. "
                     "Build the bank with a larger num_timesteps."
                 )
-        return (timesteps * (self.groups / self.num_timesteps)).long()
+        # Exact for whole timesteps, whatever the number of groups.
+        return (timesteps.double() * self.groups / self.num_timesteps).long()
 
 
 class ConstantBank(TrainableBank):

@@ -17,7 +17,7 @@ from tdq_plugin.deploy import lower_to_int8
 from tdq_plugin.deploy.activations import TableCodes, TableValues
 from tdq_plugin.deploy.layers import Int8Layer
 from tdq_plugin.deploy.weights import int8_layer, weight_quantizer
-from tdq_plugin.errors import AdapterError, LookupRuleError, TraceError
+from tdq_plugin.errors import AdapterError, ConfigError, LookupRuleError, TraceError
 from tdq_plugin.fake_quantize import quantize
 
 MIXED = torch.tensor([999, 0, 250, 600])
@@ -335,3 +335,14 @@ def test_a_quantizer_that_is_switched_off(model):
     dict(tdq.named_quantizers(switched))["conv_in.input"].mode = "off"
     with pytest.raises(AdapterError, match=r"is in mode 'off'.*Set its mode to 'quantize'"):
         lower_to_int8(switched)
+
+
+def test_a_quantizer_that_measures_its_input_needs_dynamic_activations(model):
+    measuring = copy.deepcopy(model)
+    for _, quantizer in tdq.named_quantizers(measuring):
+        quantizer.mode = "dynamic"
+    with pytest.raises(AdapterError, match="if all are 'dynamic', pass activations='dynamic'"):
+        lower_to_int8(measuring)
+    lower_to_int8(measuring, activations="dynamic")
+    with pytest.raises(ConfigError, match="activations='static' is not 'table' or 'dynamic'"):
+        lower_to_int8(model, activations="static")

@@ -1,6 +1,11 @@
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+)
 
 from tdq_plugin.errors import CalibrationError, ConfigError
 from tdq_plugin.reconstruct import ReconstructionConfig, collect_trajectories
@@ -73,3 +78,22 @@ def test_choices_that_there_are_not(scheduler):
         collect_trajectories(half, scheduler, SHAPE, distribution="Normal")
     with pytest.raises(ConfigError, match="granularity = 'blocks' is not block or network"):
         ReconstructionConfig(granularity="blocks")
+
+
+@pytest.mark.parametrize(
+    "kind", [DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler]
+)
+def test_samplers_that_scale_their_input_and_remember_steps(kind):
+    scheduler = kind()
+    scheduler.set_timesteps(5)
+    data = collect_trajectories(half, scheduler, SHAPE, images=3, batch_size=2)
+    sampled = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    sampled = sampled * scheduler.init_noise_sigma
+    rows = data.samples.reshape(len(scheduler.timesteps), 3, *SHAPE)
+    seen = []
+    for timestep in scheduler.timesteps:
+        seen.append(scheduler.scale_model_input(sampled, timestep))
+        sampled = scheduler.step(half(seen[-1], timestep), timestep, sampled).prev_sample
+    for row, first_batch in zip(rows, seen, strict=True):
+        order = torch.cdist(first_batch.flatten(1), row.flatten(1)).argmin(1)
+        torch.testing.assert_close(row[order], first_batch)

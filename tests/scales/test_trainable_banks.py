@@ -271,3 +271,14 @@ def test_generator_configuration(options: dict, message: str) -> None:
 def test_inverse_softplus(value: float) -> None:
     found = torch.nn.functional.softplus(inverse_softplus(torch.tensor(value)))
     assert found.item() == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 7, 36, 72, 105, 1000])
+def test_groups_change_exactly_where_they_should(groups: int) -> None:
+    bank = LearnedTableBank({"conv": GRIDS["conv"]}, groups=groups)
+    bank.set_static(STATIC[:1], ZERO_POINTS[:1])
+    with torch.no_grad():
+        bank.table.copy_(torch.arange(groups).reshape(1, -1, 1))
+    expected = [t * groups // 1000 for t in range(1000)]
+    assert bank.curves(TIMESTEPS).flatten().tolist() == expected
+    assert bank.curves(torch.tensor([999.99994])).item() == groups - 1

@@ -172,8 +172,14 @@ def test_torch_ao_switches(prepare):
     plain = Chain()
     plain.load_state_dict(model.state_dict(), strict=False)
     torch.testing.assert_close(model(CHAIN_INPUTS[0], 5), plain(CHAIN_INPUTS[0], torch.tensor(5)))
+    switched_off, restored = model.state_dict(), copy.deepcopy(model)
+    restored.apply(enable_fake_quant)
+    assert torch.equal(restored(CHAIN_INPUTS[0], 5), quantized)
+    restored.load_state_dict(switched_off)
+    assert torch.equal(restored(CHAIN_INPUTS[0], 5), model(CHAIN_INPUTS[0], 5))
     model.apply(enable_fake_quant)
-    assert torch.equal(model(CHAIN_INPUTS[0], 5), quantized)
+    restored.load_state_dict(model.state_dict())
+    assert torch.equal(restored(CHAIN_INPUTS[0], 5), quantized)
 
 
 class Named(nn.Module):
