@@ -46,16 +46,31 @@ class Recipe:
         return load_config(schema, CONFIG_FOLDER / f"{self.name}.yaml", overrides)
 
     def run(self, config: "RecipeConfig") -> Path:
-        """Run the recipe; return the folder of its results."""
+        """Run the recipe; return the folder of its results.
+
+        Raises:
+            ConfigError: Nothing can be written to that folder.
+        """
+        self._require_output(config)
         run: Callable[[RecipeConfig], Path] = self._load().run
         return run(config)
 
     def plan(self, config: "RecipeConfig") -> str:
-        """What `run` would do; recipes with a function `plan(config)` check model and data too."""
+        """What `run` would do; recipes with a function `plan(config)` check model and data too.
+
+        Raises:
+            ConfigError: `run` would stop.
+        """
+        self._require_output(config)
         module = self._load()
         if hasattr(module, "plan"):
             return str(module.plan(config))
         return f"The configuration is valid. Results would be in {config.run_folder}"
+
+    def _require_output(self, config: "RecipeConfig") -> None:
+        from tdq_plugin.recipes.config import require_writable
+
+        require_writable("output", config.run_folder)
 
     def _load(self) -> Any:
         return import_module(f"{__name__}.{self.module}")
@@ -89,7 +104,7 @@ _ALL = (
     Recipe(
         "ddim-digits-qat",
         "ddim_digits_qat",
-        "QATConfig",
+        "DigitsQATConfig",
         "Train the digits DDIM with quantization: LSQ, PACT, NIPQ, and TDQ on each of them",
     ),
     Recipe(

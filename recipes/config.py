@@ -1,5 +1,7 @@
 """Recipe configurations: a pydantic model, a YAML file, and `key=value` overrides."""
 
+import os
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -8,7 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tdq_plugin.errors import ConfigError
 
-__all__ = ["CONFIG_FOLDER", "RecipeConfig", "Section", "filled_in", "load_config"]
+__all__ = [
+    "CONFIG_FOLDER",
+    "RecipeConfig",
+    "Section",
+    "filled_in",
+    "load_config",
+    "require_writable",
+]
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
@@ -59,6 +68,25 @@ def filled_in(name: str, **values: Any) -> str:
         raise ConfigError(f"name = {name!r}: only {known} are filled in.") from None
 
 
+def require_writable(option: str, folder: Path) -> None:
+    """See that a folder can be made and written to, before hours of work.
+
+    Args:
+        option: Where the user gave it, for the message.
+        folder: It need not exist.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    above = [folder, *folder.absolute().parents]
+    existing = next(path for path in above if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        problem = "cannot be written to" if existing.is_dir() else "is not a folder"
+        raise ConfigError(
+            f"{option} = {str(folder)!r}: {existing} {problem}. Choose another folder."
+        )
+
+
 Config = TypeVar("Config", bound=BaseModel)
 
 
@@ -94,7 +122,11 @@ def _apply(values: dict[str, Any], override: str) -> None:
     try:
         values[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"Override {override!r}: {text!r} is not YAML.") from error
+        raise ConfigError(
+            f"Override {override!r}: {text!r} is not YAML. In a shell, quote all of it, "
+            "'key=[a, b]'; a text that begins with a brace needs quotes of its own, too: "
+            "'name=\"{bits}-mine\"'."
+        ) from error
 
 
 def _explain(schema: type[BaseModel], error: ValidationError) -> str:
@@ -102,10 +134,15 @@ def _explain(schema: type[BaseModel], error: ValidationError) -> str:
     for problem in error.errors():
         path = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            known = ", ".join(sorted(_section(schema, problem["loc"][:-1]).model_fields))
-            lines.append(f"Unknown key {path!r}. Known keys: {known}.")
+            known = sorted(_section(schema, problem["loc"][:-1]).model_fields)
+            lines.append(f"Unknown key {path!r}. Known keys: {', '.join(known)}.")
+            near = get_close_matches(str(problem["loc"][-1]), known, n=1)
+            lines[-1] += f" Did you mean {near[0]!r}?" if near else ""
+        elif problem["type"] == "missing":
+            lines.append(f"{path} is missing. Give it a value.")
         else:
-            lines.append(f"{path} = {problem['input']!r}: {problem['msg']}.")
+            reason = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{path or 'The configuration'} = {problem['input']!r}: {reason}.")
     return "\n".join(lines)
 
 

@@ -6,15 +6,22 @@ float model's own trajectories, and is measured on the same noise.
 
 from pathlib import Path
 
-from tdq_plugin.recipes.ptq_calibration import collect, observe
+from tdq_plugin.recipes.calibration import collect, observe
+from tdq_plugin.recipes.plan import Plan
 from tdq_plugin.recipes.ptq_comparison import begin, measure, quantize
+from tdq_plugin.recipes.ptq_comparison_plan import plan_of
 from tdq_plugin.recipes.ptq_config import PTQConfig
 from tdq_plugin.recipes.ptq_quantize import Start
 from tdq_plugin.recipes.ptq_report import write_results
 
-__all__ = ["PTQConfig", "run"]
+__all__ = ["PTQConfig", "plan", "run"]
 
 RECIPE = "ddim-digits-ptq"
+
+
+def plan(config: PTQConfig) -> Plan:
+    """Check framework and model, and say what a run would do."""
+    return plan_of(RECIPE, config)
 
 
 def run(config: PTQConfig) -> Path:

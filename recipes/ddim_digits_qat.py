@@ -20,24 +20,24 @@ from tdq_plugin.recipes.qat_config import ComparisonConfig
 from tdq_plugin.recipes.qat_report import write_results
 from tdq_plugin.recipes.qat_stages import start
 
-__all__ = ["QATConfig", "plan", "run"]
+__all__ = ["DigitsQATConfig", "plan", "run"]
 
 RECIPE = "ddim-digits-qat"
 MODEL = Path(__file__).parent / "assets" / "ddim-digits"
 
 
-class QATConfig(ComparisonConfig):
+class DigitsQATConfig(ComparisonConfig):
     """Configuration of `ddim-digits-qat`."""
 
     model: str = str(MODEL)
 
 
-def plan(config: QATConfig) -> Plan:
+def plan(config: DigitsQATConfig) -> Plan:
     """Check model and data, and say what a run would do."""
     return plan_of(RECIPE, config)
 
 
-def run(config: QATConfig) -> Path:
+def run(config: DigitsQATConfig) -> Path:
     """Run or resume the recipe; return the folder with `report.html` and `report.json`."""
     run = start(config)
     points = collect(config, run.model)

@@ -12,22 +12,19 @@ from typing import Any
 import torch
 from pydantic import Field
 from torch import Tensor
-from tqdm.auto import tqdm
 
 import tdq_plugin as tdq
 from tdq_plugin.files import atomic_file
 from tdq_plugin.grid import QuantizationGrid
 from tdq_plugin.observe import Observation
 from tdq_plugin.ranges import rounding_error, search_range, search_scale
-from tdq_plugin.recipes.bits import Bits
+from tdq_plugin.recipes.bits import Bits, BitsName
+from tdq_plugin.recipes.calibration import TrajectorySection, collect, observe
 from tdq_plugin.recipes.config import RecipeConfig, filled_in
 from tdq_plugin.recipes.float_model import load_float_model
-from tdq_plugin.recipes.qat_config import TrajectorySection
 from tdq_plugin.recipes.qat_model import prepare
 from tdq_plugin.recipes.report_parts import command, dynamics, versions
 from tdq_plugin.recipes.run_state import RunState
-from tdq_plugin.recipes.sampling import scheduler_with
-from tdq_plugin.reconstruct import collect_trajectories
 
 __all__ = ["RangesConfig", "run"]
 
@@ -46,7 +43,7 @@ class RangesConfig(RecipeConfig):
         model: Folder of the float model, a saved diffusers pipeline.
     """
 
-    bits: str = Field(pattern=r"^W[2-8]A[2-8]$")
+    bits: BitsName
     steps: int = Field(ge=2, le=500)
     calibration: TrajectorySection
     model: str = str(MODEL)
@@ -63,16 +60,9 @@ def run(config: RangesConfig) -> Path:
     torch.set_num_threads(config.threads)
     state = RunState(config.run_folder, config.model_dump(mode="json"))
     model = load_float_model(config.model)
-    points = collect_trajectories(
-        model.denoise,
-        scheduler_with(model.scheduler, config.steps),
-        model.latent_shape,
-        **config.calibration.model_dump(),
-        seed=config.seed,
-    )
-    quantized = prepare(model.unet, Bits(int(config.bits[1]), int(config.bits[3]))).eval()
-    shown = tqdm(list(points.batches(128)), desc="observe ranges", unit="batch")
-    observations = tdq.calibrate(quantized, shown, warm_start=False)
+    points = collect(config.calibration.of_the_sampler(), model, config.steps, config.seed)
+    quantized = prepare(model.unet, Bits.parse(config.bits)).eval()
+    observations = observe(quantized, points)
     bank = tdq.scale_bank(quantized)
     grids = dict(zip(bank.names, bank.grids, strict=True))
     moving = dynamics(observations)

@@ -113,7 +113,8 @@ def load_float_model(name: str | Path) -> FloatModel:
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model = {str(name)!r} is neither the folder of a saved diffusers pipeline nor a "
-            f"repository that can be downloaded ({str(error).splitlines()[0]})."
+            f"repository that can be downloaded ({str(error).splitlines()[0]}). "
+            "Set model=... to one of these."
         ) from error
     unet = getattr(pipeline, "unet", None)
     if not isinstance(unet, UNet2DModel):

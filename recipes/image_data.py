@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from tdq_plugin.errors import ConfigError
@@ -34,6 +34,12 @@ class ImageSection(Section):
     location: str = ""
     split: str = "train"
     column: str = "image"
+
+    @model_validator(mode="after")
+    def _has_a_location(self) -> "ImageSection":
+        if self.source != "digits" and not self.location:
+            raise ValueError(f"source={self.source} needs a location: the folder, or the dataset")
+        return self
 
 
 class DataSection(ImageSection):
@@ -81,7 +87,8 @@ def load_images(section: DataSection, shape: tuple[int, int, int]) -> tuple[Imag
     if count <= section.validation_images:
         raise ConfigError(
             f"data.source = {section.source!r} has {count} images at {section.location!r}, and "
-            f"data.validation_images = {section.validation_images} leave none for training."
+            f"data.validation_images = {section.validation_images} leave none for training. "
+            "Give more images, or hold out fewer."
         )
     shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     held_out, training = shuffled.split(
@@ -124,6 +131,8 @@ def _digits(section: ImageSection, shape: tuple[int, int, int]) -> Source:
 
 def _folder(section: ImageSection, shape: tuple[int, int, int]) -> Source:
     root = Path(section.location)
+    if not root.is_dir():
+        raise ConfigError(f"data.location = {section.location!r}: there is no such folder.")
     files = sorted(path for path in root.rglob("*") if path.suffix.lower() in _ENDINGS)
 
     def read(number: int) -> Tensor:

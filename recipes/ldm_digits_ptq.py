@@ -6,13 +6,15 @@ its errors are those of latents; the autoencoder stays float, and images are wha
 
 from pathlib import Path
 
-from tdq_plugin.recipes.ptq_calibration import collect, observe
+from tdq_plugin.recipes.calibration import collect, observe
+from tdq_plugin.recipes.plan import Plan
 from tdq_plugin.recipes.ptq_comparison import begin, measure, quantize
+from tdq_plugin.recipes.ptq_comparison_plan import plan_of
 from tdq_plugin.recipes.ptq_config import PTQConfig
 from tdq_plugin.recipes.ptq_quantize import Start
 from tdq_plugin.recipes.ptq_report import write_results
 
-__all__ = ["LatentPTQConfig", "run"]
+__all__ = ["LatentPTQConfig", "plan", "run"]
 
 RECIPE = "ldm-digits-ptq"
 MODEL = Path(__file__).parent / "assets" / "ldm-digits"
@@ -22,6 +24,11 @@ class LatentPTQConfig(PTQConfig):
     """Configuration of `ldm-digits-ptq`."""
 
     model: Path = MODEL
+
+
+def plan(config: LatentPTQConfig) -> Plan:
+    """Check framework and model, and say what a run would do."""
+    return plan_of(RECIPE, config)
 
 
 def run(config: LatentPTQConfig) -> Path:

@@ -19,6 +19,7 @@ from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_file
 from tdq_plugin.recipes.config import RecipeConfig
 from tdq_plugin.recipes.float_model import FloatModel
+from tdq_plugin.recipes.run_state import differences
 from tdq_plugin.recipes.sampling import sample, scheduler_with
 from tdq_plugin.study.figures import loss_curve, sample_grid
 
@@ -90,10 +91,11 @@ class Training:
 
     def load(self, path: Path) -> None:
         state = torch.load(path, weights_only=True)
-        if state["config"] != self.state()["config"]:
+        shown = differences(json.loads(state["config"]), self.config.model_dump(mode="json"))
+        if shown:
             raise ConfigError(
-                f"{path} was written with another configuration: {state['config']}. "
-                "Choose another name=... or remove the run folder."
+                f"{path} was written with other settings: {shown}. "
+                "Choose another name=..., or remove the folder."
             )
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
@@ -116,7 +118,7 @@ def pretrain(
         The loss of every step.
 
     Raises:
-        ConfigError: The checkpoint was written with another configuration.
+        ConfigError: The checkpoint was written with other settings.
     """
     checkpoint = config.run_folder / "checkpoint.pt"
     training = Training(config, model)

@@ -6,11 +6,11 @@ from typing import Any
 from pydantic import Field, ValidationInfo, field_validator
 
 from tdq_plugin.errors import ConfigError
-from tdq_plugin.recipes.bits import Bits
-from tdq_plugin.recipes.config import RecipeConfig
+from tdq_plugin.recipes.bits import Bits, BitsName
+from tdq_plugin.recipes.calibration import CalibrationSection
+from tdq_plugin.recipes.config import RecipeConfig, filled_in
 from tdq_plugin.recipes.digits_evaluation import EvaluationSection
 from tdq_plugin.recipes.frameworks import Framework, FrameworkName
-from tdq_plugin.recipes.ptq_calibration import CalibrationSection
 from tdq_plugin.recipes.ptq_correction import CorrectionSection, row_titles
 from tdq_plugin.recipes.ptq_methods import METHODS, covers_trained_methods, known_methods
 from tdq_plugin.recipes.ptq_training import (
@@ -55,7 +55,7 @@ class PTQConfig(RecipeConfig):
     """
 
     adapter: FrameworkName
-    bits: str = Field(pattern=r"^W[2-8]A[2-8]$")
+    bits: BitsName
     steps: int = Field(ge=2, le=500)
     int8_methods: list[str]
     fake_methods: list[str]
@@ -67,15 +67,6 @@ class PTQConfig(RecipeConfig):
     latency_rounds: int = Field(ge=2)
     model: Path = MODEL
 
-    @field_validator("name")
-    @classmethod
-    def _can_be_filled_in(cls, name: str) -> str:
-        try:
-            name.format(adapter="torch_ao", bits="W8A4", steps=20, seed=0)
-        except (KeyError, IndexError, ValueError):
-            raise ValueError("only {adapter}, {bits}, {steps} and {seed} are filled in") from None
-        return name
-
     @field_validator("training", "int8_methods", "fake_methods")
     @classmethod
     def _known_methods(cls, names: Any) -> Any:
@@ -85,8 +76,10 @@ class PTQConfig(RecipeConfig):
     @classmethod
     def _have_tables(cls, names: list[str]) -> list[str]:
         dynamic = [name for name in names if METHODS[name].dynamic]
-        if dynamic or not {"lsq", "tdq"} <= set(names):
-            raise ValueError(f"{dynamic or names}: lsq and tdq are needed, dynamic has no table")
+        if dynamic:
+            raise ValueError(f"{dynamic} have no table to deploy; put them into fake_methods")
+        if not {"lsq", "tdq"} <= set(names):
+            raise ValueError("lsq and tdq are needed, which the report compares")
         return names
 
     @field_validator("calibration")
@@ -105,7 +98,8 @@ class PTQConfig(RecipeConfig):
     @field_validator("correction")
     @classmethod
     def _correct_deployed_methods(cls, section: CorrectionSection, info: ValidationInfo) -> Any:
-        return section.check(info.data.get("int8_methods", []), "int8_methods")
+        # Absent if they are wrong themselves, which is said already.
+        return section.check(info.data.get("int8_methods", section.methods), "int8_methods")
 
     @field_validator("evaluation")
     @classmethod
@@ -118,7 +112,7 @@ class PTQConfig(RecipeConfig):
     def run_folder(self) -> Path:
         """Where the results go; `{adapter}`, `{bits}`, `{steps}` and `{seed}` are filled in."""
         filled = self.model_dump(include={"adapter", "bits", "steps", "seed"})
-        return self.output / self.name.format(**filled)
+        return self.output / filled_in(self.name, **filled)
 
     @property
     def methods(self) -> list[str]:
@@ -133,7 +127,7 @@ class PTQConfig(RecipeConfig):
     @property
     def widths(self) -> Bits:
         """The bits as numbers."""
-        return Bits(int(self.bits[1]), int(self.bits[3]))
+        return Bits.parse(self.bits)
 
     def learns_rounding(self, framework: Framework) -> bool:
         """Whether trained methods learn how weights are rounded.

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from tdq_plugin.recipes.bits import Bits
+from tdq_plugin.recipes.bits import Bits, BitsName
+from tdq_plugin.recipes.calibration import CalibrationSection
 from tdq_plugin.recipes.config import RecipeConfig, filled_in
 from tdq_plugin.recipes.frameworks import FrameworkName
 from tdq_plugin.recipes.image_data import ImageSection
-from tdq_plugin.recipes.ptq_calibration import CalibrationSection
 from tdq_plugin.recipes.ptq_correction import CorrectionSection, row_titles
 from tdq_plugin.recipes.ptq_methods import METHODS, covers_trained_methods, known_methods
 from tdq_plugin.recipes.ptq_training import (
@@ -48,7 +48,7 @@ class FullSizePTQConfig(RecipeConfig):
     adapter: FrameworkName
     model: str
     attention_heads: int | None = Field(None, gt=0)
-    bits: str = Field(pattern=r"^W[2-8]A[2-8]$")
+    bits: BitsName
     methods: list[str] = Field(min_length=1)
     weights: WeightChoice
     batch_size: int = Field(gt=0)
@@ -67,8 +67,8 @@ class FullSizePTQConfig(RecipeConfig):
     @field_validator("weights")
     @classmethod
     def _something_learns(cls, weights: WeightChoice, info: ValidationInfo) -> WeightChoice:
-        methods = info.data.get("methods", [])
-        if weights == "adaround" and not any(METHODS[name].trained for name in methods):
+        methods = info.data.get("methods")
+        if weights == "adaround" and methods and not any(METHODS[name].trained for name in methods):
             raise ValueError(f"none of {methods} is trained, so no rounding would be learned")
         return weights
 
@@ -82,7 +82,8 @@ class FullSizePTQConfig(RecipeConfig):
     @field_validator("correction")
     @classmethod
     def _correct_rows(cls, section: CorrectionSection, info: ValidationInfo) -> CorrectionSection:
-        return section.check(info.data.get("methods", []), "methods")
+        # Absent if they are wrong themselves, which is said already.
+        return section.check(info.data.get("methods", section.methods), "methods")
 
     @field_validator("evaluation")
     @classmethod
@@ -107,7 +108,7 @@ class FullSizePTQConfig(RecipeConfig):
     @property
     def widths(self) -> Bits:
         """The bits as numbers."""
-        return Bits(int(self.bits[1]), int(self.bits[3]))
+        return Bits.parse(self.bits)
 
     def training_of(self, method: str) -> MethodTraining | None:
         """How a method is trained; None for those that are not."""

@@ -1,4 +1,4 @@
-"""The methods that the PTQ recipe compares: each is a scale bank and a way to set it."""
+"""The methods that the PTQ recipes compare: each is a scale bank and a way to set it."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass

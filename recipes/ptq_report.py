@@ -11,6 +11,7 @@ from tdq_plugin.observe import Observation
 from tdq_plugin.ranges import search_scale
 from tdq_plugin.recipes.evaluation import Evaluator, Result
 from tdq_plugin.recipes.frameworks import Framework
+from tdq_plugin.recipes.image_quality import FEATURE_SPACES
 from tdq_plugin.recipes.method_states import MethodStates
 from tdq_plugin.recipes.ptq_deploy import measure_latency, save_model
 from tdq_plugin.recipes.ptq_methods import METHODS
@@ -25,9 +26,8 @@ if TYPE_CHECKING:
     from tdq_plugin.recipes.ptq_comparison import ComparisonRun
     from tdq_plugin.recipes.ptq_config import PTQConfig
 
-__all__ = ["FEATURE_SPACE", "write_results"]
+__all__ = ["write_results"]
 
-FEATURE_SPACE = "64 features of the digit classifier in recipes/assets/digits-classifier"
 SHOWN = ("minmax", "lsq", "tdq", "tdq_corrected")
 
 CORRECTED = (
@@ -74,7 +74,7 @@ def _rounding(config: "PTQConfig", framework: Framework) -> str:
 
 
 def _rows(config: "PTQConfig", state: RunState, evaluator: Evaluator) -> list[ReportRow]:
-    common = {"samples": config.evaluation.samples, "feature_space": FEATURE_SPACE}
+    common = {"samples": config.evaluation.samples, "feature_space": FEATURE_SPACES["digits"]}
     rows: list[Any] = [
         {"method": "float32", "execution": "float32", **evaluator.float_metrics(), **common}
     ]

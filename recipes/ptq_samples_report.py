@@ -14,8 +14,16 @@ from tdq_plugin.recipes.ptq_weights import is_symmetric
 from tdq_plugin.recipes.report_parts import command, versions
 from tdq_plugin.recipes.sample_rows import SampleRows
 from tdq_plugin.study.figures import sample_grid
-from tdq_plugin.study.markup import Markup, definitions, number, paragraph, section, table, tag
-from tdq_plugin.study.page_style import STYLE_SHEET
+from tdq_plugin.study.markup import (
+    Markup,
+    definitions,
+    document,
+    number,
+    paragraph,
+    section,
+    table,
+    tag,
+)
 from tdq_plugin.study.schema import SizeBytes
 
 __all__ = ["write_results"]
@@ -116,17 +124,12 @@ def _page(results: dict[str, Any], pictures: Markup) -> str:
     compared = {_title(name): METHODS[name].description for name in models if name in METHODS}
     if any(name.endswith(CORRECTED) for name in models):
         compared["corrected"] = CORRECTION
-    body = tag(
-        "main",
+    return document(
+        results["recipe"],
         tag("h1", results["recipe"]),
         paragraph(_conditions(results)),
         section("Results", table(header, rows)),
         section("What is compared", definitions(compared)),
         section("Samples from the same noise", pictures),
         section("How to reproduce", tag("pre", tag("code", results["command"]))),
-    )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f"{tag('title', results['recipe'])}\n<style>\n{STYLE_SHEET}</style>\n</head>\n"
-        f"<body>\n{body}\n</body>\n</html>\n"
     )

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 import tdq_plugin as tdq
 from tdq_plugin.freeze import evaluate_table
 from tdq_plugin.observe import Observation
+from tdq_plugin.recipes import calibration
 from tdq_plugin.recipes.digits_evaluation import make_evaluator
 from tdq_plugin.recipes.evaluation import Evaluator
 from tdq_plugin.recipes.float_model import FloatModel, load_float_model
@@ -19,10 +20,10 @@ from tdq_plugin.recipes.qat_config import ComparisonConfig
 from tdq_plugin.recipes.qat_methods import METHODS, apply_method, calibrate_bank
 from tdq_plugin.recipes.qat_model import copy_weights, load_weights, lower, prepare, save_weights
 from tdq_plugin.recipes.qat_stages import QATRun, make_objective, train
-from tdq_plugin.recipes.sampling import scheduler_with
+from tdq_plugin.recipes.run_state import check_folder
 from tdq_plugin.recipes.training import Training
 from tdq_plugin.recipes.training_log import TrainingLog
-from tdq_plugin.reconstruct import CalibrationSet, collect_trajectories
+from tdq_plugin.reconstruct import CalibrationSet
 
 __all__ = [
     "collect",
@@ -37,7 +38,8 @@ __all__ = [
 
 
 def plan_of(recipe: str, config: ComparisonConfig) -> Plan:
-    """Check model and data, and say what a run would do."""
+    """Check run folder, model and data, and say what a run would do."""
+    check_folder(config.run_folder, config.model_dump(mode="json"))
     torch.set_num_threads(config.threads)
     model = load_float_model(config.model)
     data, _ = load_images(config.data, model.image_shape)
@@ -62,30 +64,15 @@ def plan_of(recipe: str, config: ComparisonConfig) -> Plan:
 
 def collect(config: ComparisonConfig, model: FloatModel) -> CalibrationSet:
     """What the float model sees while it samples."""
-    with tqdm(desc="calibration data", unit="call") as progress:
-
-        def show(done: int, total: int) -> None:
-            progress.total = total
-            progress.update(done - progress.n)
-
-        return collect_trajectories(
-            model.denoise,
-            scheduler_with(model.scheduler, config.steps),
-            model.latent_shape,
-            **config.calibration.model_dump(),
-            seed=config.seed,
-            progress=show,
-        )
+    section = config.calibration.of_the_sampler()
+    return calibration.collect(section, model, config.steps, config.seed)
 
 
 def observe(
     config: ComparisonConfig, model: FloatModel, points: CalibrationSet
 ) -> dict[str, Observation]:
     """The ranges of all activations at those points."""
-    device = model.unet.device
-    batches = [(x.to(device), t.to(device)) for x, t in points.batches(128)]
-    shown = tqdm(batches, desc="observe ranges", unit="batch")
-    return tdq.calibrate(prepare(model.unet, config.widths).eval(), shown, warm_start=False)
+    return calibration.observe(prepare(model.unet, config.widths).eval(), points)
 
 
 def objective_of(config: ComparisonConfig, model: FloatModel, points: CalibrationSet) -> Objective:

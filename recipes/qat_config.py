@@ -4,7 +4,8 @@ from pathlib import Path
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, ValidationInfo, field_validator
 
-from tdq_plugin.recipes.bits import Bits
+from tdq_plugin.recipes.bits import Bits, BitsName
+from tdq_plugin.recipes.calibration import TrajectorySection
 from tdq_plugin.recipes.config import RecipeConfig, Section, filled_in
 from tdq_plugin.recipes.digits_evaluation import EvaluationSection
 from tdq_plugin.recipes.image_data import DataSection
@@ -34,7 +35,7 @@ class QATConfig(RecipeConfig):
     """
 
     model: str
-    bits: str = Field(pattern=r"^W[2-8]A[2-8]$")
+    bits: BitsName
     objective: ObjectiveName
     weighting: WeightingName
     absolute_error: bool = False
@@ -45,14 +46,7 @@ class QATConfig(RecipeConfig):
     @property
     def widths(self) -> Bits:
         """The bits as numbers."""
-        return Bits(int(self.bits[1]), int(self.bits[3]))
-
-
-class TrajectorySection(Section):
-    """Trajectories of the float model that set the first scales."""
-
-    images: int = Field(gt=0)
-    byte_budget: int = Field(gt=0)
+        return Bits.parse(self.bits)
 
 
 class ComparisonConfig(QATConfig):

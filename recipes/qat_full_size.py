@@ -19,6 +19,7 @@ from tdq_plugin.recipes.qat_config import FullSizeConfig
 from tdq_plugin.recipes.qat_methods import METHODS, apply_method, calibrate_bank
 from tdq_plugin.recipes.qat_model import frozen, load_weights, prepare, save_integer_model
 from tdq_plugin.recipes.qat_stages import QATRun, make_objective, train
+from tdq_plugin.recipes.run_state import check_folder
 from tdq_plugin.recipes.sample_evaluation import SampleEvaluation
 from tdq_plugin.recipes.sample_rows import SampleRows
 from tdq_plugin.recipes.sampling import Denoiser, scheduler_with
@@ -41,7 +42,8 @@ def prepare_method(config: FullSizeConfig, model: FloatModel) -> fx.GraphModule:
 def plan_of(
     recipe: str, config: FullSizeConfig, model: FloatModel, quantized: fx.GraphModule
 ) -> Plan:
-    """Check the data, and say what a run would do."""
+    """Check run folder and data, and say what a run would do."""
+    check_folder(config.run_folder, config.model_dump(mode="json"))
     training, held_out = load_images(config.data, model.image_shape)
     training[torch.arange(1)]  # Can it be read?
     points = (torch.zeros(2, *model.latent_shape), torch.zeros(2))

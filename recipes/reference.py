@@ -18,10 +18,13 @@ def cached_images(folder: Path, key: str, model: Path, draw: Callable[[], Tensor
     Args:
         folder: Where to keep them.
         key: What the images depend on besides the model.
-        model: Folder of the model; part of the key by the content of its files.
+        model: Folder of the model, part of the key by the content of its files; or the name of a
+            hub repository.
         draw: Draws the images, shape `(N, C, H, W)`.
     """
     digest = hashlib.sha256(key.encode())
+    if not model.is_dir():
+        digest.update(str(model).encode())
     for file in sorted(file for file in model.rglob("*") if file.is_file()):
         digest.update(file.read_bytes())
     path = folder / f"{digest.hexdigest()[:16]}.safetensors"

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+import yaml
 
 from tdq_plugin.observe import Observation
 from tdq_plugin.recipes import find_recipe
@@ -50,5 +51,7 @@ def _leaves(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _yaml(value: Any) -> str:
-    # An empty value would be read as null.
-    return value if isinstance(value, str) and value else json.dumps(value)
+    # Some texts are no texts in YAML: `no`, `2026`, nothing at all.
+    if isinstance(value, str) and yaml.safe_load(value) == value:
+        return value
+    return json.dumps(value)

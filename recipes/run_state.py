@@ -11,7 +11,7 @@ from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_file
 from tdq_plugin.recipes.evaluation import Result
 
-__all__ = ["RunState", "check_same_settings"]
+__all__ = ["RunState", "check_folder", "check_same_settings", "differences"]
 
 
 class RunState:
@@ -27,11 +27,9 @@ class RunState:
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         self.folder = folder
-        path = folder / "config.json"
-        if path.exists():
-            check_same_settings(path, config, "Choose another name=..., or remove the folder.")
-        else:
-            _write(path, config)
+        check_folder(folder, config)
+        if not (folder / "config.json").exists():
+            _write(folder / "config.json", config)
 
     def table_path(self, method: str) -> Path:
         """Where a method's scale table is."""
@@ -68,18 +66,38 @@ class RunState:
         return self.folder / "rows" / f"{method}.{execution}.json"
 
 
+def check_folder(folder: Path, config: dict[str, Any]) -> None:
+    """See that a run's folder holds no other run.
+
+    Raises:
+        ConfigError: It does.
+    """
+    path = folder / "config.json"
+    if path.exists():
+        check_same_settings(path, config, "Choose another name=..., or remove the folder.")
+
+
 def check_same_settings(path: Path, config: dict[str, Any], remedy: str) -> None:
     """See that a run's `config.json` holds a configuration.
 
     Raises:
         ConfigError: It holds another one; the message names every setting that differs.
     """
-    known = _by_dotted_key(json.loads(path.read_text()))
-    wanted = _by_dotted_key(json.loads(json.dumps(config)))
-    keys = sorted(key for key in known.keys() | wanted.keys() if known.get(key) != wanted.get(key))
-    if keys:
-        shown = ", ".join(f"{key}={known.get(key)!r}, not {wanted.get(key)!r}" for key in keys)
+    shown = differences(json.loads(path.read_text()), json.loads(json.dumps(config)))
+    if shown:
         raise ConfigError(f"{path.parent} holds a run with other settings: {shown}. {remedy}")
+
+
+def differences(known: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """Every setting that differs, by its dotted key.
+
+    Example:
+        >>> differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}})
+        'a.c=2, not 3'
+    """
+    known, wanted = _by_dotted_key(known), _by_dotted_key(wanted)
+    keys = sorted(key for key in known.keys() | wanted.keys() if known.get(key) != wanted.get(key))
+    return ", ".join(f"{key}={known.get(key)!r}, not {wanted.get(key)!r}" for key in keys)
 
 
 def _by_dotted_key(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 import tdq_plugin as tdq
@@ -21,6 +21,7 @@ from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_file
 from tdq_plugin.recipes.config import Section
 from tdq_plugin.recipes.objectives import Objective
+from tdq_plugin.recipes.run_state import differences
 from tdq_plugin.weights import WeightQuantizer
 
 __all__ = ["StepResult", "Training", "TrainingSection", "parameter_groups"]
@@ -58,6 +59,12 @@ class TrainingSection(Section):
     mixed_precision: Literal["no", "bf16"] = "no"
     checkpoint_every: int = Field(gt=0)
     log_every: int = Field(gt=0)
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_a_text(cls, value: Any) -> Any:
+        # YAML reads a bare `no` as false.
+        return "no" if value is False else value
 
 
 class StepResult(NamedTuple):
@@ -163,15 +170,16 @@ class Training:
         """Continue from a checkpoint, if there is one.
 
         Raises:
-            ConfigError: It belongs to another configuration.
+            ConfigError: It was written with other settings.
         """
         if not path.exists():
             return False
         state = torch.load(path, weights_only=True, map_location=self.accelerator.device)
         if state["identity"] != self.identity:
+            shown = differences(json.loads(state["identity"]), json.loads(self.identity))
             raise ConfigError(
-                f"{path} was written with another configuration: {state['identity']}. "
-                "Choose another name=... or remove the run folder."
+                f"{path} was written with other settings: {shown}. "
+                "Choose another name=..., or remove the folder."
             )
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])

@@ -34,6 +34,7 @@ def study(
 ) -> None:
     """Do what is not finished of a study, and write its report. Interrupted, it goes on."""
     try:
+        from tdq_plugin.recipes.config import require_writable
         from tdq_plugin.studies.conduct import Study
     except ModuleNotFoundError as error:
         raise ConfigError(
@@ -45,7 +46,10 @@ def study(
     if list_parts:
         for line in chosen.overview(jobs):
             typer.echo("{:12} {}. Finished: {} runs; the others take {}.".format(*line))
-    elif report:
+        return
+    require_writable("--output", folder)
+    require_writable("--results", results or folder)
+    if report:
         typer.echo(f"The report is in {chosen.report(results or folder)}")
     else:
         parts = part or list(chosen.definition.parts)

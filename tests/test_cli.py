@@ -61,6 +61,9 @@ def test_run_tells_where_the_results_are(tmp_path: Path) -> None:
         (["run", "digits-classifier", "epochs=0"], "epochs = 0: Input should be greater than 0."),
         (["run", "digits-classifier", "epoch=1"], "Unknown key 'epoch'. Known keys: batch_size,"),
         (["run", "digits-classifier", "epochs"], "Override 'epochs' is not of the form key=value."),
+        (["run", "digits-classifier", "output=/dev/null"], "/dev/null is not a folder. Choose"),
+        (["run", "digits-classifier", "output=/dev/null", "--dry-run"], "is not a folder. Choose"),
+        (["study", "digits", "--output", "/dev/null", "--report"], "--output = '/dev/null': "),
         (["inspect", "no/such.safetensors"], "no/such.safetensors is not a readable safetensors"),
     ],
 )

@@ -20,7 +20,7 @@ FRAMEWORKS = tuple(_EXTRAS)
 
 
 class Framework(Protocol):
-    """One framework's side of the PTQ recipe.
+    """One framework's side of the PTQ recipes.
 
     Attributes:
         execution: How a deployed model runs: on integer kernels, or as fake quantization.

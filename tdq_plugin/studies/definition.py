@@ -9,6 +9,7 @@ import yaml
 from pydantic import Field
 
 from tdq_plugin.errors import ConfigError
+from tdq_plugin.recipes import find_recipe
 from tdq_plugin.recipes.config import Section, load_config
 
 __all__ = ["STUDIES", "Part", "RunGroup", "RunSpec", "StudyDefinition", "load_study"]
@@ -158,7 +159,7 @@ def load_study(name: str, samples: int | None = None) -> StudyDefinition:
         )
     try:
         definition = load_config(StudyDefinition, path)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}.") from error
     _check(definition)
     if samples is None:
@@ -171,6 +172,7 @@ def load_study(name: str, samples: int | None = None) -> StudyDefinition:
 
 
 def _check(definition: StudyDefinition) -> None:
+    _check_recipes(definition)
     known: dict[str, RunSpec] = {}
     for name, part in definition.parts.items():
         earlier: set[str] = set()
@@ -182,12 +184,23 @@ def _check(definition: StudyDefinition) -> None:
                 )
             earlier.add(spec.name)
             if known.setdefault(spec.name, spec) != spec:
-                raise ConfigError(f"Two runs are called {spec.name!r} and have other settings.")
+                raise ConfigError(
+                    f"Two runs are called {spec.name!r} and have other settings. Put what differs "
+                    "into the name: a key of `vary` in braces is filled in."
+                )
         if "steps" in part.figures and part.group_by != "steps":
             raise ConfigError(f"{name!r}: the figure 'steps' needs group_by: steps.")
-        missing = sorted({group.recipe for group in part.runs} - definition.costs.keys())
-        if missing:
-            raise ConfigError(f"costs: {missing} have no entry, but {name!r} runs them.")
+
+
+def _check_recipes(definition: StudyDefinition) -> None:
+    used = {group.recipe for part in definition.parts.values() for group in part.runs}
+    for recipe in sorted(used):
+        find_recipe(recipe)
+        if recipe not in definition.costs:
+            raise ConfigError(f"costs has no entry for {recipe!r}. Give it start, method and step.")
+    unused = sorted(definition.settings.keys() - used)
+    if unused:
+        raise ConfigError(f"settings: no part runs {unused}, but {sorted(used)}.")
 
 
 def _runs(part: Part, settings: dict[str, dict[str, Any]], folder: Path) -> list[RunSpec]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes import find_recipe
 from tdq_plugin.recipes.run_state import check_same_settings
 from tdq_plugin.studies.definition import Cost, RunSpec, StudyDefinition
@@ -33,7 +34,10 @@ def plan_run(definition: StudyDefinition, spec: RunSpec) -> PlannedRun:
     Raises:
         ConfigError: The recipe does not take the settings, or the folder holds another run.
     """
-    config = find_recipe(spec.recipe).configure(spec.overrides)
+    try:
+        config = find_recipe(spec.recipe).configure(spec.overrides)
+    except ConfigError as error:
+        raise ConfigError(f"Run {spec.name!r}: {error}") from None
     folder = config.run_folder
     path = folder / "config.json"
     if path.exists():

@@ -1,12 +1,13 @@
 """YAML, overrides and validation: every mistake is one clear line."""
 
+import os
 from pathlib import Path
 
 import pytest
 from pydantic import Field
 
 from tdq_plugin.errors import ConfigError
-from tdq_plugin.recipes.config import RecipeConfig, load_config
+from tdq_plugin.recipes.config import RecipeConfig, load_config, require_writable
 
 
 class Config(RecipeConfig):
@@ -50,13 +51,19 @@ def test_a_configuration_does_not_change(path: Path) -> None:
     [
         ("rate", r"^Override 'rate' is not of the form key=value\.$"),
         ("=3", r"^Override '=3' is not of the form key=value\.$"),
-        ("rate=[", r"^Override 'rate=\[': '\[' is not YAML\.$"),
+        ("rate=[", r"^Override 'rate=\[': '\[' is not YAML\. In a shell, quote all of it, 'key="),
+        ("name={a}-b", r"is not YAML\. .* quotes of its own, too: 'name=\"\{bits\}-mine\"'\.$"),
         ("rate.x=3", r"^Override 'rate.x=3': 'rate' is a value, not a section\.$"),
         ("rate=0", r"^rate = 0: Input should be greater than 0\.$"),
         ("rate=fast", r"^rate = 'fast': Input should be a valid number"),
         ("threads=0", r"^threads = 0: Input should be greater than or equal to 1\.$"),
         ("layers.first=x", r"^layers.first = 'x': Input should be a valid integer"),
-        ("ratte=1", r"^Unknown key 'ratte'. Known keys: layers, name, output, rate, seed, threads"),
+        (
+            "ratte=1",
+            r"^Unknown key 'ratte'. Known keys: layers, name, output, rate, seed, threads\. "
+            r"Did you mean 'rate'\?$",
+        ),
+        ("zzz=1", r"^Unknown key 'zzz'. Known keys: .*, threads\.$"),
     ],
 )
 def test_mistakes(path: Path, override: str, message: str) -> None:
@@ -66,5 +73,25 @@ def test_mistakes(path: Path, override: str, message: str) -> None:
 
 def test_a_missing_key(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("")
-    with pytest.raises(ConfigError, match=r"name = \{\}: Field required"):
-        load_config(Config, tmp_path / "empty.yaml")
+    with pytest.raises(ConfigError, match=r"^name is missing\. Give it a value\.$"):
+        load_config(Config, tmp_path / "empty.yaml", ["rate=1"])
+
+
+def test_a_file_that_is_no_section(tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text("- a\n")
+    with pytest.raises(ConfigError, match=r"^The configuration = \['a'\]: Input should be a valid"):
+        load_config(Config, tmp_path / "list.yaml")
+
+
+def test_a_folder_below_a_file_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    require_writable("output", tmp_path / "new" / "below")
+    with pytest.raises(ConfigError, match=r"^output = .*below': .*file is not a folder. Choose a"):
+        require_writable("output", tmp_path / "file" / "below")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
+def test_a_folder_without_permission_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+    with pytest.raises(ConfigError, match=r"^--results = .*closed cannot be written to"):
+        require_writable("--results", tmp_path / "closed" / "below")

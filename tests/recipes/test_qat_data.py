@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from PIL import Image
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from tdq_plugin.errors import ConfigError
@@ -15,6 +16,7 @@ from tdq_plugin.recipes.float_model import load_float_model, set_dropout
 from tdq_plugin.recipes.image_data import DataSection, load_images
 from tdq_plugin.recipes.image_quality import SampleQuality, as_bytes, missing_packages
 from tdq_plugin.recipes.plan import Memory, training_memory
+from tdq_plugin.recipes.reference import cached_images
 
 
 def test_digits_in_the_shape_of_the_model() -> None:
@@ -47,6 +49,15 @@ def test_too_few_images(tmp_path: Path) -> None:
     section = DataSection(source="folder", location=str(tmp_path), validation_images=3)
     with pytest.raises(ConfigError, match=r"'folder' has 0 images at .*validation_images = 3"):
         load_images(section, (3, 8, 8))
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    section = DataSection(source="folder", location=str(tmp_path / "no"), validation_images=3)
+    with pytest.raises(ConfigError, match=r"^data.location = '.*no': there is no such folder\.$"):
+        load_images(section, (3, 8, 8))
+    # Not the current folder.
+    with pytest.raises(ValidationError, match=r"source=folder needs a location"):
+        DataSection(source="folder", validation_images=3)
 
 
 @pytest.mark.skipif(find_spec("datasets") is not None, reason="datasets is installed")
@@ -131,3 +142,16 @@ def test_memory_of_training() -> None:
     assert described.startswith(
         "3.80 GB: 3.00 for parameters and optimizer, 100.0 MB for each of 8"
     )
+
+
+def test_kept_images_belong_to_one_model(tmp_path: Path) -> None:
+    models = [tmp_path / "a", tmp_path / "b", Path("hub/one"), Path("hub/two")]
+    for number, model in enumerate(models[:2]):
+        model.mkdir()
+        (model / "weights").write_text(str(number))
+    for number, model in enumerate(models):
+        drawn = torch.full((1,), float(number))
+        for _ in range(2):
+            kept = cached_images(tmp_path / "cache", "key", model, lambda drawn=drawn: drawn)
+            assert torch.equal(kept, drawn)
+    assert len(list((tmp_path / "cache").iterdir())) == 4

@@ -21,6 +21,7 @@ from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes import find_recipe
 from tdq_plugin.recipes.qat_methods import METHODS
 from tdq_plugin.recipes.qat_model import copy_weights
+from tdq_plugin.recipes.report_parts import command
 from tdq_plugin.study.schema import METRICS, validate_report
 
 QAT = find_recipe("ddim-digits-qat")
@@ -188,7 +189,7 @@ def test_only_weights_that_fit_are_taken(finished: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("bits=W9A9", r"^bits = 'W9A9': String should match pattern"),
+        ("bits=W9A9", r"^bits = 'W9A9': write bits of weights and activations as W8A4"),
         ("methods=[]", r"^methods = \[\]: List should have at least 1 item"),
         ("methods=[tdk]", r"^methods = \['tdk'\]: .*are no methods; choose from .*'tdq_nipq'"),
         ("scale_learning_rates={lsq: 1}", r"^scale_learning_rates = .*'tdq'.* no learning rate"),
@@ -202,6 +203,13 @@ def test_only_weights_that_fit_are_taken(finished: Path, tmp_path: Path) -> None
 def test_mistakes_in_the_configuration(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         QAT.configure([override])
+
+
+def test_a_bare_no_is_a_text_as_in_the_command_of_a_report() -> None:
+    config = QAT.configure(["training.mixed_precision=no", "name='2026'", "trained='no'"])
+    assert (config.training.mixed_precision, config.name) == ("no", "2026")
+    repeated = shlex.split(command(QAT.name, config))[3:]
+    assert QAT.configure(repeated) == config
 
 
 def test_a_name_that_cannot_be_filled_in() -> None:

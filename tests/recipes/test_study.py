@@ -93,7 +93,7 @@ def test_a_restart_does_only_what_is_missing(study_file: Path, runs: Path) -> No
     assert "good: Good. 0 of 2 runs to do, about no time" in out
     assert [times(folder) for folder in folders] == before
     text = (runs / "tiny.md").read_text()
-    assert "| TDQ | simulated |" in text
+    assert "| TDQ | int8 kernels |" in text
     assert all(f"| good-{seed} | `tdq run" in text for seed in (0, 1))
     assert "Not finished" not in text
     assert len(list((runs / "tiny").glob("good-*.png"))) == 2

@@ -108,14 +108,22 @@ def changed(path: str, value: Any) -> Any:
             r"^'one': the figure 'steps' needs group_by: steps",
         ),
         (changed("parts", {}), r"^parts = \{\}: Dictionary should have at least 1 item"),
-        (changed("costs", {}), r"^costs: \['ddim-digits-qat'\] have no entry, but 'one' runs them"),
+        (changed("costs", {}), r"^costs has no entry for 'ddim-digits-qat'\. Give it start,"),
+        (
+            changed("settings.ddim-qat", {}),
+            r"^settings: no part runs \['ddim-qat'\], but \['ddim-d",
+        ),
+        (
+            changed("parts.one.runs.0.recipe", "ddim-digit-qat"),
+            r"^No recipe is called 'ddim-digit-qat'\. Did you mean 'ddim-digits-qat'",
+        ),
         (
             changed("parts.one.runs.0.needs", ["other"]),
             r"^'W4A4-lsq-tdq-0' needs \['other'\], which is no earlier run of 'one'",
         ),
         (
             changed("parts.one.runs.0.name", "{bits}"),
-            r"^Two runs are called 'W4A4' and have other settings",
+            r"^Two runs are called 'W4A4' and have other settings. Put what differs into the name",
         ),
     ],
 )
@@ -134,9 +142,10 @@ def test_a_study_that_is_not_there() -> None:
 
 
 def test_a_file_that_is_no_yaml(tmp_path: Path) -> None:
-    (tmp_path / "demo.yaml").write_text("title: [")
-    with pytest.raises(ConfigError, match=r"demo.yaml is not YAML: "):
-        load_study(str(tmp_path / "demo.yaml"))
+    for content in (b"title: [", b"\xff\xfe"):
+        (tmp_path / "demo.yaml").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"demo.yaml is not YAML: "):
+            load_study(str(tmp_path / "demo.yaml"))
 
 
 def test_a_part_that_is_not_there() -> None:

@@ -8,8 +8,9 @@ from threading import Lock
 
 import pytest
 
-from tdq_plugin.studies.definition import RunSpec
-from tdq_plugin.studies.execution import PlannedRun, execute, run_in_a_process
+from tdq_plugin.errors import ConfigError
+from tdq_plugin.studies.definition import RunSpec, load_study
+from tdq_plugin.studies.execution import PlannedRun, execute, plan_run, run_in_a_process
 from tdq_plugin.studies.worker import STUDY_GONE
 
 
@@ -52,6 +53,12 @@ def test_the_failure_of_a_process_is_the_last_line_of_its_log(tmp_path: Path) ->
     assert failure is not None
     assert failure.startswith("exit code 1: No recipe is called 'any'. Recipes: ddim-digits-ptq,")
     assert failure.endswith(f"(see {tmp_path / 'logs' / 'a.log'})")
+
+
+def test_a_mistake_in_the_settings_names_the_run() -> None:
+    spec = RunSpec(recipe="ddim-digits-qat", name="a", settings={"steps": 1}, needs=[])
+    with pytest.raises(ConfigError, match=r"^Run 'a': steps = 1: Input should be greater than or"):
+        plan_run(load_study("digits"), spec)
 
 
 def test_a_worker_ends_with_the_study_that_started_it() -> None:

@@ -1,4 +1,4 @@
-"""Calibration in the PTQ recipes: the float model's trajectories, and what a model sees on them."""
+"""Calibration: the float model's trajectories, and what a quantized model sees on them."""
 
 from typing import Annotated
 
@@ -14,22 +14,31 @@ from tdq_plugin.recipes.float_model import FloatModel
 from tdq_plugin.recipes.sampling import scheduler_with
 from tdq_plugin.reconstruct import CalibrationSet, TimestepDistribution, collect_trajectories
 
-__all__ = ["CalibrationSection", "collect", "observe"]
+__all__ = ["CalibrationSection", "TrajectorySection", "collect", "observe"]
 
 SEEDS_APART = 2**20
 
 
-class CalibrationSection(Section):
-    """Calibration data: `images` trajectories of the float model, within `byte_budget`.
+class TrajectorySection(Section):
+    """Calibration data: `images` trajectories of the float model, within `byte_budget`."""
+
+    images: int = Field(gt=0)
+    byte_budget: int = Field(gt=0)
+
+    def of_the_sampler(self) -> "CalibrationSection":
+        """The same at every timestep of the sampler, and at no others."""
+        return CalibrationSection(**self.model_dump(), shifts=[0], distribution="uniform")
+
+
+class CalibrationSection(TrajectorySection):
+    """Trajectories that may have other timesteps than the sampler's.
 
     The images are divided among `shifts`: by how much of the distance between two steps the
     timesteps of a trajectory are later than those of the sampler.
     """
 
-    images: int = Field(gt=0)
     shifts: list[Annotated[float, Field(ge=0, lt=1)]] = Field(min_length=1)
     distribution: TimestepDistribution
-    byte_budget: int = Field(gt=0)
 
     @model_validator(mode="after")
     def _enough_images(self) -> "CalibrationSection":
