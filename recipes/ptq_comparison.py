@@ -6,20 +6,18 @@ import torch
 from tqdm.auto import tqdm
 
 from tdq_plugin.output_correction import CorrectedDenoiser
+from tdq_plugin.recipes.correction import CORRECTED, correction_of
 from tdq_plugin.recipes.digits_evaluation import make_evaluator
 from tdq_plugin.recipes.evaluation import Evaluator
 from tdq_plugin.recipes.float_model import FloatModel, load_float_model
 from tdq_plugin.recipes.frameworks import Framework, load_framework
 from tdq_plugin.recipes.method_states import MethodStates
 from tdq_plugin.recipes.ptq_config import PTQConfig
-from tdq_plugin.recipes.ptq_correction import CORRECTED, correction_of
 from tdq_plugin.recipes.ptq_quantize import Start, quantize_method
 from tdq_plugin.recipes.run_state import RunState
 from tdq_plugin.recipes.sampling import Denoiser
 
 __all__ = ["ComparisonRun", "begin", "measure", "quantize"]
-
-_CORRECTION_BATCH = 200
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,6 @@ def measure(run: ComparisonRun, states: MethodStates) -> None:
                 run.state.correction_path(name),
                 run.config.correction.images,
                 run.config.seed,
-                _CORRECTION_BATCH,
             )
             corrected = CorrectedDenoiser(denoiser, correction)
             _measure(run, row, framework.execution, corrected, only_sampler=True)

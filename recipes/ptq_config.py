@@ -9,9 +9,9 @@ from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes.bits import Bits, BitsName
 from tdq_plugin.recipes.calibration import CalibrationSection
 from tdq_plugin.recipes.config import RecipeConfig, filled_in
+from tdq_plugin.recipes.correction import CorrectionSection, row_titles
 from tdq_plugin.recipes.digits_evaluation import EvaluationSection
 from tdq_plugin.recipes.frameworks import Framework, FrameworkName
-from tdq_plugin.recipes.ptq_correction import CorrectionSection, row_titles
 from tdq_plugin.recipes.ptq_methods import METHODS, covers_trained_methods, known_methods
 from tdq_plugin.recipes.ptq_training import (
     MethodTraining,
@@ -122,7 +122,7 @@ class PTQConfig(RecipeConfig):
     @property
     def rows(self) -> dict[str, str]:
         """Names of the report's rows and their titles; a corrected row follows its method."""
-        return row_titles(self.methods, self.correction.methods)
+        return row_titles(METHODS, self.methods, self.correction.methods)
 
     @property
     def widths(self) -> Bits:

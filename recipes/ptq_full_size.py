@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from tdq_plugin.files import atomic_file
 from tdq_plugin.output_correction import CorrectedDenoiser
 from tdq_plugin.recipes.calibration import collect, observe
+from tdq_plugin.recipes.correction import correction_of, method_of
 from tdq_plugin.recipes.float_model import FloatModel, load_float_model, set_attention_heads
 from tdq_plugin.recipes.frameworks import Framework, load_framework
 from tdq_plugin.recipes.image_data import Images, load_all_images
 from tdq_plugin.recipes.image_quality import require_features
 from tdq_plugin.recipes.method_states import MethodStates
-from tdq_plugin.recipes.ptq_correction import CORRECTED, correction_of
 from tdq_plugin.recipes.ptq_deploy import save_model
 from tdq_plugin.recipes.ptq_full_size_config import FullSizePTQConfig
 from tdq_plugin.recipes.ptq_methods import METHODS
@@ -139,7 +139,7 @@ def measure(run: FullSizePTQRun, states: MethodStates) -> SampleRows:
 def _denoiser(run: FullSizePTQRun, states: MethodStates, row: str) -> Denoiser:
     if row == FLOAT:
         return run.model.denoise
-    method = row.removesuffix(CORRECTED)
+    method = method_of(row)
     denoiser = run.framework.simulate(states.load(method))
     if method == row:
         return denoiser

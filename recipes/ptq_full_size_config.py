@@ -7,9 +7,9 @@ from pydantic import Field, ValidationInfo, field_validator
 from tdq_plugin.recipes.bits import Bits, BitsName
 from tdq_plugin.recipes.calibration import CalibrationSection
 from tdq_plugin.recipes.config import RecipeConfig, filled_in
+from tdq_plugin.recipes.correction import CorrectionSection, row_titles
 from tdq_plugin.recipes.frameworks import FrameworkName
 from tdq_plugin.recipes.image_data import ImageSection
-from tdq_plugin.recipes.ptq_correction import CorrectionSection, row_titles
 from tdq_plugin.recipes.ptq_methods import METHODS, covers_trained_methods, known_methods
 from tdq_plugin.recipes.ptq_training import (
     MethodTraining,
@@ -103,7 +103,7 @@ class FullSizePTQConfig(RecipeConfig):
     @property
     def rows(self) -> dict[str, str]:
         """Names of the rows of quantized models and their titles."""
-        return row_titles(self.methods, self.correction.methods)
+        return row_titles(METHODS, self.methods, self.correction.methods)
 
     @property
     def widths(self) -> Bits:

@@ -9,6 +9,7 @@ from torch import Tensor
 import tdq_plugin as tdq
 from tdq_plugin.observe import Observation
 from tdq_plugin.ranges import search_scale
+from tdq_plugin.recipes.correction import NOTE
 from tdq_plugin.recipes.evaluation import Evaluator, Result
 from tdq_plugin.recipes.frameworks import Framework
 from tdq_plugin.recipes.image_quality import FEATURE_SPACES
@@ -29,12 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["write_results"]
 
 SHOWN = ("minmax", "lsq", "tdq", "tdq_corrected")
-
-CORRECTED = (
-    "Corrected: an image is added to the predicted noise at each timestep, fitted so that the mean "
-    "of the quantized model's samples is that of the float model's after every step. It belongs to "
-    "the sampler's timesteps; at others there is no corrected row."
-)
 
 
 def write_results(recipe: str, run: "ComparisonRun", start: Start, states: MethodStates) -> Path:
@@ -57,7 +52,7 @@ def write_results(recipe: str, run: "ComparisonRun", start: Start, states: Metho
         "versions": versions("tdq-plugin", "torch", "diffusers", "torchmetrics"),
         "rows": _rows(config, state, evaluator),
         "methods": {METHODS[name].title: METHODS[name].description for name in config.methods},
-        "notes": [_rounding(config, run.framework), CORRECTED],
+        "notes": [_rounding(config, run.framework), NOTE],
         "latency": measure_latency(run, start, states),
         "size_bytes": sizes,
         "noise_floor": evaluator.noise_floor(),

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from tdq_plugin.files import atomic_file
+from tdq_plugin.recipes.correction import CORRECTED, row_title
 from tdq_plugin.recipes.image_quality import FEATURE_SPACES
-from tdq_plugin.recipes.ptq_correction import CORRECTED, row_title
 from tdq_plugin.recipes.ptq_full_size import FLOAT, FullSizePTQRun
 from tdq_plugin.recipes.ptq_methods import METHODS
 from tdq_plugin.recipes.ptq_weights import is_symmetric
@@ -74,7 +74,7 @@ def write_results(
 
 
 def _title(model: str) -> str:
-    return model if model == FLOAT else row_title(model)
+    return model if model == FLOAT else row_title(METHODS, model)
 
 
 def _conditions(results: dict[str, Any]) -> str:

@@ -9,7 +9,9 @@ from tqdm.auto import tqdm
 import tdq_plugin as tdq
 from tdq_plugin.freeze import evaluate_table
 from tdq_plugin.observe import Observation
+from tdq_plugin.output_correction import CorrectedDenoiser
 from tdq_plugin.recipes import calibration
+from tdq_plugin.recipes.correction import correction_of, method_of
 from tdq_plugin.recipes.digits_evaluation import make_evaluator
 from tdq_plugin.recipes.evaluation import Evaluator
 from tdq_plugin.recipes.float_model import FloatModel, load_float_model
@@ -21,6 +23,7 @@ from tdq_plugin.recipes.qat_methods import METHODS, apply_method, calibrate_bank
 from tdq_plugin.recipes.qat_model import copy_weights, load_weights, lower, prepare, save_weights
 from tdq_plugin.recipes.qat_stages import QATRun, make_objective, train
 from tdq_plugin.recipes.run_state import check_folder
+from tdq_plugin.recipes.sampling import Denoiser
 from tdq_plugin.recipes.training import Training
 from tdq_plugin.recipes.training_log import TrainingLog
 from tdq_plugin.reconstruct import CalibrationSet
@@ -143,16 +146,32 @@ def evaluator_of(config: ComparisonConfig, model: FloatModel) -> Evaluator:
 
 def measure(run: QATRun[ComparisonConfig], evaluator: Evaluator) -> None:
     """Measure what has been trained, on integer kernels where the method allows it."""
-    for name in run.config.methods:
-        execution = METHODS[name].execution
-        if run.state.result(name, execution) is None:
-            quantized = trained(run, name, evaluator)
-            if execution == "int8":
-                quantized = lower(quantized)
-            title = f"{METHODS[name].title}: images"
-            with tqdm(total=len(evaluator.noise), desc=title, unit="image") as progress:
-                result = evaluator.evaluate(quantized, progress.update)
-            run.state.save_result(name, result, execution)
+    for row, title in run.config.rows.items():
+        method = method_of(row)
+        execution = METHODS[method].execution
+        if run.state.result(row, execution) is None:
+            denoiser = _denoiser(run, row, evaluator)
+            with tqdm(total=len(evaluator.noise), desc=f"{title}: images", unit="image") as shown:
+                result = evaluator.evaluate(denoiser, shown.update, only_sampler=method != row)
+            run.state.save_result(row, result, execution)
+
+
+def _denoiser(run: QATRun[ComparisonConfig], row: str, evaluator: Evaluator) -> Denoiser:
+    method = method_of(row)
+    quantized = trained(run, method, evaluator)
+    if METHODS[method].execution == "int8":
+        quantized = lower(quantized)
+    if method == row:
+        return quantized
+    correction = correction_of(
+        quantized,
+        run.model,
+        evaluator.scheduler,
+        run.state.correction_path(method),
+        run.config.correction.images,
+        run.config.seed,
+    )
+    return CorrectedDenoiser(quantized, correction)
 
 
 def trained(run: QATRun[ComparisonConfig], name: str, evaluator: Evaluator) -> fx.GraphModule:

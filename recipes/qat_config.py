@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, ValidationInfo, field
 from tdq_plugin.recipes.bits import Bits, BitsName
 from tdq_plugin.recipes.calibration import TrajectorySection
 from tdq_plugin.recipes.config import RecipeConfig, Section, filled_in
+from tdq_plugin.recipes.correction import CorrectionSection, row_titles
 from tdq_plugin.recipes.digits_evaluation import EvaluationSection
 from tdq_plugin.recipes.image_data import DataSection
 from tdq_plugin.recipes.objectives import ObjectiveName, WeightingName
@@ -57,6 +58,7 @@ class ComparisonConfig(QATConfig):
         methods: Rows of the report.
         calibration: Where the first scales come from.
         scale_learning_rates: Of each method's scale bank.
+        correction: Which methods are also measured with a correction of their output.
         evaluation: What the methods are measured on.
         trained: Folder of another run of the recipe: its weights are measured, none are trained.
         scale_history: Training steps whose scales over t are kept, in `scales/METHOD/STEP`.
@@ -66,6 +68,7 @@ class ComparisonConfig(QATConfig):
     methods: list[str] = Field(min_length=1)
     calibration: TrajectorySection
     scale_learning_rates: dict[str, PositiveFloat]
+    correction: CorrectionSection
     evaluation: EvaluationSection
     trained: Path | None = None
     scale_history: list[NonNegativeInt] = Field(default=[])
@@ -86,6 +89,14 @@ class ComparisonConfig(QATConfig):
             raise ValueError(f"{missing} have no learning rate")
         return rates
 
+    @field_validator("correction")
+    @classmethod
+    def _correct_methods(
+        cls, section: CorrectionSection, info: ValidationInfo
+    ) -> CorrectionSection:
+        # Absent if they are wrong themselves, which is said already.
+        return section.check(info.data.get("methods", section.methods), "methods")
+
     @field_validator("evaluation")
     @classmethod
     def _other_noise(cls, evaluation: EvaluationSection, info: ValidationInfo) -> EvaluationSection:
@@ -98,6 +109,11 @@ class ComparisonConfig(QATConfig):
         """Where the results go; `{bits}`, `{steps}` and `{seed}` are filled in."""
         filled = self.model_dump(include={"bits", "steps", "seed"})
         return self.output / filled_in(self.name, **filled)
+
+    @property
+    def rows(self) -> dict[str, str]:
+        """Names of the report's rows and their titles; a corrected row follows its method."""
+        return row_titles(METHODS, self.methods, self.correction.methods)
 
 
 class NoisedImagesSection(Section):

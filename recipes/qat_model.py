@@ -119,7 +119,12 @@ def lower(model: fx.GraphModule) -> fx.GraphModule:
 
 
 def save_integer_model(
-    folder: Path, model: fx.GraphModule, unet: UNet2DModel, scheduler: DDIMScheduler, recipe: str
+    folder: Path,
+    model: fx.GraphModule,
+    unet: UNet2DModel,
+    scheduler: DDIMScheduler,
+    recipe: str,
+    correction: Path | None = None,
 ) -> int:
     """Save a trained model on integer kernels, frozen for the timesteps of its sampler.
 
@@ -131,6 +136,7 @@ def save_integer_model(
         unet: The float model, for its configuration.
         scheduler: The sampler, its timesteps set.
         recipe: Noted in the file.
+        correction: The model's output correction, to be saved with it.
 
     Returns:
         The size in bytes.
@@ -140,4 +146,6 @@ def save_integer_model(
         unet.save_config(temporary / "unet")
         scheduler.save_config(temporary / "scheduler")
         save_int8(lowered, temporary / "int8", extra={"recipe": recipe})
+        if correction is not None:
+            shutil.copy(correction, temporary / "output_correction.safetensors")
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -6,6 +6,8 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from tdq_plugin.observe import Observation
+from tdq_plugin.recipes.correction import NOTE as CORRECTION
+from tdq_plugin.recipes.correction import method_of
 from tdq_plugin.recipes.evaluation import Evaluator, Result
 from tdq_plugin.recipes.image_quality import FEATURE_SPACES
 from tdq_plugin.recipes.qat_comparison import trained
@@ -50,8 +52,15 @@ def write_results(
 ) -> None:
     """Save the integer model of TDQ, or of the first method, and write the report."""
     config, state, unet = run.config, run.state, run.model.unet
-    deployed = trained(run, "tdq" if "tdq" in config.methods else config.methods[0], evaluator)
-    size = save_integer_model(state.folder / "model", deployed, unet, evaluator.scheduler, recipe)
+    deployed = "tdq" if "tdq" in config.methods else config.methods[0]
+    size = save_integer_model(
+        state.folder / "model",
+        trained(run, deployed, evaluator),
+        unet,
+        evaluator.scheduler,
+        recipe,
+        state.correction_path(deployed) if deployed in config.correction.methods else None,
+    )
     report: Report = {
         "recipe": recipe,
         "command": command(recipe, config),
@@ -60,13 +69,18 @@ def write_results(
         "versions": versions("tdq-plugin", "torch", "diffusers", "accelerate", "torchmetrics"),
         "rows": _rows(config, state, evaluator),
         "methods": {METHODS[name].title: METHODS[name].description for name in config.methods},
-        "notes": NOTES if run.model.autoencoder is None else [*NOTES, LATENT_NOTE],
+        "notes": _notes(run),
         "latency": NOT_TIMED,
         "size_bytes": {"float32": _float_bytes(unet), "int8": size},
         "noise_floor": evaluator.noise_floor(),
         "temporal_dynamics": dynamics(observations),
     }
     write_report(state.folder, report, _figures(config, state, evaluator))
+
+
+def _notes(run: QATRun[ComparisonConfig]) -> list[str]:
+    latent = [] if run.model.autoencoder is None else [LATENT_NOTE]
+    return [*NOTES, *latent, *([CORRECTION] if run.config.correction.methods else [])]
 
 
 def _float_bytes(unet: UNet2DModel) -> int:
@@ -78,15 +92,15 @@ def _rows(config: ComparisonConfig, state: RunState, evaluator: Evaluator) -> li
     rows: list[Any] = [
         {"method": "float32", "execution": "float32", **evaluator.float_metrics(), **common}
     ]
-    for name in config.methods:
+    for name, title in config.rows.items():
         measured = {**_result(state, name).metrics, **common}
-        row = {"method": METHODS[name].title, "key": name, "execution": METHODS[name].execution}
-        rows.append(row | measured)
+        execution = METHODS[method_of(name)].execution
+        rows.append({"method": title, "key": name, "execution": execution} | measured)
     return rows
 
 
 def _result(state: RunState, name: str) -> Result:
-    result = state.result(name, METHODS[name].execution)
+    result = state.result(name, METHODS[method_of(name)].execution)
     assert result is not None
     return result
 
@@ -96,10 +110,10 @@ def _figures(
 ) -> dict[str, tuple[bytes, str]]:
     images: dict[str, Tensor] = {"float32": evaluator.images}
     curves = {}
-    for name in config.methods:
+    for name, title in config.rows.items():
         result = _result(state, name)
-        images[METHODS[name].title] = result.images
-        curves[METHODS[name].title] = (result.timesteps, result.errors)
+        images[title] = result.images
+        curves[title] = (result.timesteps, result.errors)
     return {
         "Samples from the same noise": (
             sample_grid(images, columns=16),

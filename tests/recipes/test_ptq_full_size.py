@@ -14,8 +14,9 @@ from diffusers import DDIMScheduler, UNet2DModel
 import tdq_plugin as tdq
 from tdq_plugin.deploy import load_int8
 from tdq_plugin.errors import CalibrationError, ConfigError
-from tdq_plugin.recipes import find_recipe, ptq_correction, ptq_full_size, ptq_quantize
-from tdq_plugin.recipes.ptq_correction import row_title
+from tdq_plugin.recipes import correction, find_recipe, ptq_full_size, ptq_quantize
+from tdq_plugin.recipes.correction import row_title
+from tdq_plugin.recipes.ptq_methods import METHODS
 from tdq_plugin.recipes.sampling import sample, scheduler_with
 from tdq_plugin.weights import WeightQuantizer
 
@@ -71,7 +72,7 @@ def test_the_pages_show_the_same_numbers(finished: Path) -> None:
     markdown = (finished / "results.md").read_text(encoding="utf-8")
     page = (finished / "results.html").read_text(encoding="utf-8")
     for row in results(finished)["rows"][1:]:
-        title, distance = row_title(row["model"]), f"{row['frechet_distance']:.3g}"
+        title, distance = row_title(METHODS, row["model"]), f"{row['frechet_distance']:.3g}"
         assert re.search(rf"\| {title} \| {distance}", markdown)
         assert f"<th>{title}</th><td>{distance}" in page
     references = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", page)
@@ -136,7 +137,7 @@ def test_a_restart_repeats_nothing(
     assert started == ["train", "measure", "measure", "measure"]
     whole = {row["model"]: row for row in results(finished)["rows"]}
     with monkeypatch.context() as patch:
-        interrupt_at(patch, ptq_correction, "fit_output_correction", 1)
+        interrupt_at(patch, correction, "fit_output_correction", 1)
         for row in results(CIFAR.run(config))["rows"]:
             assert row == whole[row["model"]]
 

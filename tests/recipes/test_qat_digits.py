@@ -19,13 +19,13 @@ from tdq_plugin.cli import app
 from tdq_plugin.deploy import load_int8
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes import find_recipe
-from tdq_plugin.recipes.qat_methods import METHODS
 from tdq_plugin.recipes.qat_model import copy_weights
 from tdq_plugin.recipes.report_parts import command
 from tdq_plugin.study.schema import METRICS, validate_report
 
 QAT = find_recipe("ddim-digits-qat")
 TRAINED = ["tdq_nipq", "dynamic"]
+CHOSEN = [f"methods=[{', '.join(TRAINED)}]", "correction={methods: [tdq_nipq], images: 400}"]
 SMALL = [
     "threads=1",
     "steps=4",
@@ -46,7 +46,7 @@ def overrides(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def finished(overrides: list[str]) -> Path:
-    return QAT.run(QAT.configure([*overrides, f"methods=[{', '.join(TRAINED)}]"]))
+    return QAT.run(QAT.configure([*overrides, *CHOSEN]))
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +57,27 @@ def report(finished: Path) -> dict[str, Any]:
 def test_the_report_has_a_row_for_every_method(report: dict[str, Any]) -> None:
     validate_report(report)
     rows = {row["method"]: row for row in report["rows"]}
-    assert list(rows) == ["float32", *(METHODS[name].title for name in TRAINED)]
-    for row in report["rows"][1:]:
-        assert row["execution"] == ("fake" if row["key"] == "dynamic" else "int8")
-        assert all(row[metric] > 0 for metric in METRICS)
-    assert set(report["methods"]) == set(rows) - {"float32"}
+    titles = "TDQ on NIPQ", "TDQ on NIPQ, corrected", "dynamic"
+    assert tuple(rows) == ("float32", *titles)
+    for title in titles:
+        row = rows[title]
+        assert row["execution"] == ("fake" if title == "dynamic" else "int8")
+        known = set(METRICS) - ({"trajectory_mse_unseen"} if "corrected" in title else set())
+        assert {metric for metric in METRICS if row[metric] is not None} == known
+        assert all(row[metric] > 0 for metric in known)
+    assert list(report["methods"]) == ["TDQ on NIPQ", "dynamic"]
+    assert any(note.startswith("Corrected: ") for note in report["notes"])
+
+
+def test_a_correction_brings_the_mean_of_the_samples_nearer(finished: Path) -> None:
+    images = {
+        name: load_file(finished / "rows" / f"{name}.int8.safetensors")["images"]
+        for name in ("tdq_nipq", "tdq_nipq_corrected")
+    }
+    (float_images,) = (finished.parent / "float-images").glob("*.safetensors")
+    wanted = load_file(float_images)["images"][:100].mean(0)
+    distances = {name: (drawn.mean(0) - wanted).norm() for name, drawn in images.items()}
+    assert distances["tdq_nipq_corrected"] < distances["tdq_nipq"]
 
 
 def test_the_command_of_the_report_gives_the_same_configuration(
@@ -70,7 +86,7 @@ def test_the_command_of_the_report_gives_the_same_configuration(
     program, verb, name, *repeated = shlex.split(report["command"])
     assert (program, verb) == ("tdq", "run")
     again = find_recipe(name).configure([*repeated, overrides[-1]])
-    assert again == QAT.configure([*overrides, f"methods=[{', '.join(TRAINED)}]"])
+    assert again == QAT.configure([*overrides, *CHOSEN])
 
 
 def test_training_lowers_the_loss(finished: Path) -> None:
@@ -90,6 +106,8 @@ def test_the_saved_model_draws(finished: Path) -> None:
     integer = load_int8(finished / "model" / "int8", unet, (x, t))
     with torch.no_grad():
         assert integer(x, 250).isfinite().all()
+        correction = tdq.load_correction(finished / "model" / "output_correction.safetensors")
+        assert not torch.equal(tdq.CorrectedDenoiser(integer, correction)(x, 250), integer(x, 250))
     assert tdq.load_table(finished / "tables" / "tdq_nipq.safetensors").timesteps.tolist() == [
         0.0, 125.0, 250.0, 375.0, 500.0, 625.0, 750.0, 875.0
     ]  # fmt: skip
@@ -126,14 +144,14 @@ def test_a_killed_run_ends_in_the_same_weights(finished: Path, overrides: list[s
 
 def test_a_finished_run_does_nothing_again(finished: Path, overrides: list[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in (finished / "weights").iterdir()}
-    QAT.run(QAT.configure([*overrides, f"methods=[{', '.join(TRAINED)}]"]))
+    QAT.run(QAT.configure([*overrides, *CHOSEN]))
     assert {path: path.stat().st_mtime_ns for path in (finished / "weights").iterdir()} == before
 
 
 def test_a_run_folder_belongs_to_one_configuration(finished: Path, overrides: list[str]) -> None:
     other = QAT.configure([*overrides, "methods=[lsq]", f"name={finished.name}"])
     with pytest.raises(
-        ConfigError, match=r"holds a run with other settings: methods=.*, not \['lsq'\]"
+        ConfigError, match=r"holds a run with other settings: .*methods=.*, not \['lsq'\]"
     ):
         QAT.run(other)
 
@@ -196,6 +214,7 @@ def test_only_weights_that_fit_are_taken(finished: Path, tmp_path: Path) -> None
         ("objective=x", r"^objective = 'x': Input should be 'noise', 'distillation' or"),
         ("training.ema_decay=1", r"^training\.ema_decay = 1: Input should be less than 1"),
         ("training.rate=1", r"^Unknown key 'training.rate'. Known keys: batch_size, "),
+        ("correction.methods=[tdk]", r"^correction = .*methods: \['tdk'\] are not among methods"),
         ("trackers=[x]", r"^trackers\.0 = 'x': Input should be 'tensorboard', 'trackio' or"),
         ("evaluation.seed=0", r"^evaluation = .*calibration would see the noise of the test"),
     ],

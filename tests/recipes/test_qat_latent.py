@@ -115,5 +115,7 @@ def test_mistakes_in_the_configuration(override: str, message: str) -> None:
 
 
 def test_a_pipeline_that_is_not_there() -> None:
-    with pytest.raises(ConfigError, match=r"model = 'runs/ldm-lsun-churches' is neither the folder of"):
+    with pytest.raises(
+        ConfigError, match=r"model = 'runs/ldm-lsun-churches' is neither the folder of"
+    ):
         CHURCHES.plan(CHURCHES.configure())

@@ -1,7 +1,8 @@
-"""The output correction in the PTQ recipes: rows of their own, and how it is fitted."""
+"""The output correction in the recipes: rows of their own, and how it is fitted."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from diffusers import DDIMScheduler
@@ -12,12 +13,24 @@ from tdq_plugin.fit_correction import fit_output_correction
 from tdq_plugin.output_correction import OutputCorrection, load_correction
 from tdq_plugin.recipes.config import Section
 from tdq_plugin.recipes.float_model import FloatModel
-from tdq_plugin.recipes.ptq_methods import METHODS
 from tdq_plugin.recipes.sampling import Denoiser
 
-__all__ = ["CORRECTED", "CorrectionSection", "correction_of", "row_title", "row_titles"]
+__all__ = [
+    "CORRECTED",
+    "NOTE",
+    "CorrectionSection",
+    "correction_of",
+    "method_of",
+    "row_title",
+    "row_titles",
+]
 
 CORRECTED = "_corrected"
+NOTE = (
+    "Corrected: an image is added to the predicted noise at each timestep, fitted so that the mean "
+    "of the quantized model's samples is that of the float model's after every step. It belongs to "
+    "the sampler's timesteps; at others there is no corrected row."
+)
 # Apart from the seeds of the calibration data.
 SEEDS_APART = 2**30
 
@@ -49,25 +62,38 @@ class CorrectionSection(Section):
         return self
 
 
-def row_titles(methods: Collection[str], corrected: Collection[str]) -> dict[str, str]:
+class Titled(Protocol):
+    """What has a name in tables and figures."""
+
+    @property
+    def title(self) -> str: ...
+
+
+def row_titles(
+    methods: Mapping[str, Titled], names: Collection[str], corrected: Collection[str]
+) -> dict[str, str]:
     """Names of a result's rows and their titles; a corrected row follows its method.
 
     Example:
-        >>> row_titles(["mse", "tdq"], ["tdq"])
+        >>> from tdq_plugin.recipes.ptq_methods import METHODS
+        >>> row_titles(METHODS, ["mse", "tdq"], ["tdq"])
         {'mse': 'static MSE', 'tdq': 'TDQ', 'tdq_corrected': 'TDQ, corrected'}
     """
     rows = [
-        row
-        for name in methods
-        for row in ([name, name + CORRECTED] if name in corrected else [name])
+        row for name in names for row in ([name, name + CORRECTED] if name in corrected else [name])
     ]
-    return {row: row_title(row) for row in rows}
+    return {row: row_title(methods, row) for row in rows}
 
 
-def row_title(row: str) -> str:
+def row_title(methods: Mapping[str, Titled], row: str) -> str:
     """The title of a row of a quantized model."""
-    method = row.removesuffix(CORRECTED)
-    return METHODS[method].title + ("" if method == row else ", corrected")
+    method = method_of(row)
+    return methods[method].title + ("" if method == row else ", corrected")
+
+
+def method_of(row: str) -> str:
+    """The method of a row, corrected or not."""
+    return row.removesuffix(CORRECTED)
 
 
 def correction_of(
@@ -77,7 +103,7 @@ def correction_of(
     path: Path,
     images: int,
     seed: int,
-    batch_size: int,
+    batch_size: int = 200,
 ) -> OutputCorrection:
     """The correction that is kept at `path`; fitted on noise of its own if there is none yet.
 
@@ -94,7 +120,7 @@ def correction_of(
     if not path.exists():
         generator = torch.Generator().manual_seed(seed + SEEDS_APART)
         noise = torch.randn(images, *model.latent_shape, generator=generator).to(device)
-        title = f"{METHODS[path.stem].title}: output correction"
+        title = f"{path.stem}: output correction"
         with tqdm(desc=title, total=len(scheduler.timesteps), unit="step") as progress:
             fit_output_correction(
                 denoiser,
