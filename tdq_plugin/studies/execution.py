@@ -134,6 +134,9 @@ def run_in_a_process(run: PlannedRun, logs: Path) -> str | None:
 
 
 def _expected_seconds(cost: Cost, config: Any) -> float:
-    methods = getattr(config, "methods", ())
-    steps = config.evaluation.samples * config.steps if methods else 0
-    return cost.start + len(methods) * (cost.method + steps * cost.step)
+    if not hasattr(config, "methods"):
+        return cost.start
+    # A correction is fitted on images of the quantized and of the float model.
+    fitted_on = 2 * len(config.correction.methods) * config.correction.images
+    images = len(config.rows) * config.evaluation.samples + fitted_on
+    return cost.start + len(config.methods) * cost.method + images * config.steps * cost.step
