@@ -113,7 +113,7 @@ class TDQWeightFakeQuantize(WeightQuantizer, FakeQuantizeBase):
         self.enabled = enabled
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
         self.enabled = bool(self.fake_quant_enabled)
 
     def forward(self, weight: Tensor) -> Tensor:

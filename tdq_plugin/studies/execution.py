@@ -139,4 +139,5 @@ def _expected_seconds(cost: Cost, config: Any) -> float:
     # A correction is fitted on images of the quantized and of the float model.
     fitted_on = 2 * len(config.correction.methods) * config.correction.images
     images = len(config.rows) * config.evaluation.samples + fitted_on
-    return cost.start + len(config.methods) * cost.method + images * config.steps * cost.step
+    training = len(config.methods) * cost.method
+    return float(cost.start + training + images * config.steps * cost.step)
