@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tdq_plugin.errors import ConfigError
+
 __all__ = ["atomic_file", "atomic_folder"]
 
 _UMASK_LOCK = threading.Lock()
@@ -62,12 +64,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         The folder to fill. It is removed if the block raises, and `path` stays as it was.
 
     Raises:
-        NotADirectoryError: There is a file at `path`.
+        ConfigError: There is a file at `path`.
         OSError: Whatever the write itself raised, for example a full disk.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"{path} is a file; remove it, or choose another folder.")
+        raise ConfigError(f"{path} is a file; remove it, or choose another folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

@@ -1,5 +1,7 @@
 """Fit an output correction: what a quantized denoiser's samples lack on average, step by step."""
 
+import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -39,9 +41,16 @@ def fit_output_correction(
         progress: Called with the number of finished and of all steps.
 
     Raises:
-        CalibrationError: The scheduler's step is not linear in the predicted noise.
+        CalibrationError: There are fewer than two samples, or the scheduler's step is not linear
+            in the predicted noise.
     """
-    slopes = [_slope(scheduler, t, noise) for t in scheduler.timesteps]
+    if len(noise) < 2:
+        raise CalibrationError(
+            f"{len(noise)} samples do not tell a shift from chance. Give 2 or more, better 1,024."
+        )
+    # A copy, for a scheduler that is refused may have counted its calls.
+    tried = copy.deepcopy(scheduler)
+    slopes = [_slope(tried, t, noise) for t in scheduler.timesteps]
     ours, theirs = noise, noise
     offsets = []
     for step, (timestep, slope) in enumerate(zip(scheduler.timesteps, slopes, strict=True)):
@@ -79,12 +88,17 @@ def _shrunken_mean(differences: Tensor) -> Tensor:
 def _slope(scheduler: Any, timestep: Tensor, noise: Tensor) -> float:
     """How much the next sample moves when the predicted noise grows by one."""
     zero = torch.zeros_like(noise[:1])
-    reached = [
-        float(scheduler.step(zero + value, timestep, zero).prev_sample.mean())
-        for value in (0.0, 1.0, 2.0)
-    ]
+    try:
+        reached = [
+            float(scheduler.step(zero + value, timestep, zero).prev_sample.mean())
+            for value in (0.0, 1.0, 2.0)
+        ]
+    except IndexError:
+        # It counts its calls, and these are more than a sampler makes.
+        reached = [math.nan] * 3
     first, second = reached[1] - reached[0], reached[2] - reached[1]
-    if first == 0 or abs(second - first) > 1e-3 * abs(first):
+    # NaN is not linear, either.
+    if first == 0 or not abs(second - first) <= 1e-3 * abs(first):
         raise CalibrationError(
             f"At t = {float(timestep):g}, the step of {type(scheduler).__name__} is not linear in "
             "the predicted noise. Set clip_sample=False and thresholding=False; samplers that "

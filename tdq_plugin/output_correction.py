@@ -58,6 +58,7 @@ class OutputCorrection(Float32Module):
 
         Raises:
             LookupRuleError: The correction was not fitted for a timestep.
+            ScaleError: The output has another shape, or not as many samples as there are timesteps.
         """
         wanted = as_timesteps(timestep, self.timesteps.device)
         row = torch.searchsorted(self.timesteps, wanted).clamp(max=len(self.timesteps) - 1)
@@ -67,7 +68,14 @@ class OutputCorrection(Float32Module):
                 f"The output correction has no timestep {wanted[~known].tolist()[:5]}; it was "
                 f"fitted for {self.timesteps.tolist()}. Fit one for this sampler."
             )
-        return output + self.offsets[row].to(output.dtype)
+        offsets = self.offsets[row]
+        if output.shape[1:] != offsets.shape[1:] or len(offsets) not in (1, len(output)):
+            raise ScaleError(
+                f"Offsets of shape {tuple(offsets.shape)} were added to an output of shape "
+                f"{tuple(output.shape)}. Give one timestep, or one for each sample, and fit a "
+                "correction for this size."
+            )
+        return output + offsets.to(output.dtype)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically."""

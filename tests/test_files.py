@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import tdq_plugin.files
+from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_file, atomic_folder, recover_folder
 
 
@@ -73,7 +74,7 @@ def test_a_folder_is_created_and_replaced(tmp_path: Path) -> None:
 def test_a_folder_does_not_replace_a_file(tmp_path: Path) -> None:
     path = tmp_path / "model"
     path.write_text("kept")
-    with pytest.raises(NotADirectoryError, match="model is a file; remove it"):
+    with pytest.raises(ConfigError, match="model is a file; remove it"):
         write_folder(path, "new")
     assert path.read_text() == "kept"
     assert list(tmp_path.iterdir()) == [path]

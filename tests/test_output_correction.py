@@ -1,10 +1,18 @@
 """The output correction: it matches mean samples, looks timesteps up exactly, and comes back."""
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    UNet2DModel,
+)
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -127,6 +135,39 @@ def test_samplers_that_are_not_linear_are_refused(setting: str, noise: Tensor) -
     scheduler = sampler(**{setting: True})
     with pytest.raises(CalibrationError, match=r"At t = \d+, .* clip_sample=False"):
         tdq.fit_output_correction(biased, reference, scheduler, noise)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(),
+        PNDMScheduler(skip_prk_steps=True),
+        DDIMScheduler(clip_sample=False, rescale_betas_zero_snr=True, timestep_spacing="trailing"),
+    ],
+)
+def test_samplers_that_remember_steps_are_refused_and_unchanged(
+    scheduler: Any, noise: Tensor
+) -> None:
+    scheduler.set_timesteps(4)
+    before = copy.deepcopy(vars(scheduler))
+    with pytest.raises(CalibrationError, match="is not linear in the predicted noise"):
+        tdq.fit_output_correction(biased, reference, scheduler, noise)
+    assert str(vars(scheduler)) == str(before)
+
+
+def test_one_sample_is_refused(noise: Tensor) -> None:
+    with pytest.raises(CalibrationError, match=r"1 samples do not tell.*Give 2"):
+        tdq.fit_output_correction(biased, reference, sampler(), noise[:1])
+
+
+@pytest.mark.parametrize(
+    ("shape", "timesteps"), [((1, 1, 4, 4), (0, 125)), ((2, 3, 4, 4), 125), ((2, 1, 1, 1), 125)]
+)
+def test_shapes_that_would_broadcast_are_refused(
+    correction: tdq.OutputCorrection, shape: tuple[int, ...], timesteps: Any
+) -> None:
+    with pytest.raises(ScaleError, match=r"Offsets of shape .* fit a correction for this size"):
+        correction(torch.zeros(shape), torch.tensor(timesteps))
 
 
 def test_it_takes_the_unets_place_in_a_pipeline() -> None:

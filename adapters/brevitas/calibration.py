@@ -6,9 +6,7 @@ from torch import nn
 
 from tdq_plugin.attach import scale_bank
 from tdq_plugin.calibrate import calibration, initialise_scales
-from tdq_plugin.errors import AdapterError
 from tdq_plugin.observe import TimestepObserver
-from tdq_plugin.scales.bank import TrainableBank
 
 __all__ = ["CalibrationMode"]
 
@@ -38,16 +36,15 @@ class CalibrationMode(nn.Module):
 
     @collect_stats_steps.setter
     def collect_stats_steps(self, steps: int) -> None:
-        (model,) = self._owner
-        bank = scale_bank(model)
-        if not isinstance(bank, TrainableBank):
-            raise AdapterError(f"A {type(bank).__name__} cannot be calibrated: it is frozen.")
-        self._observers = self._stack.enter_context(calibration(model))
+        # A frozen bank is refused at the end: after an error here, Brevitas would not switch the
+        # quantizers on again.
+        self._observers = self._stack.enter_context(calibration(self._owner[0]))
 
     def init_scale(self) -> None:
         """End the observation and set the scales, as `tdq_plugin.calibrate` does.
 
         Raises:
+            AdapterError: The bank is frozen.
             CalibrationError: No data were seen.
         """
         if self._observers is None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from tdq_plugin.adapters.brevitas.layer_map import LayerMap, tdq_layer_map
 from tdq_plugin.errors import AdapterError
+from tdq_plugin.grid import activation_grid
 from tdq_plugin.layer_names import TIMESTEP_LAYERS, layers_to_quantize
 
 __all__ = ["quantize_layerwise", "timestep_path_names"]
@@ -58,6 +59,8 @@ def quantize_layerwise(
         >>> type(quantize_layerwise(Denoiser()).layer).__name__
         'QuantLinear'
     """
+    for bits in (activation_bits, weight_bits, 8 if first_last_bits is None else first_last_bits):
+        activation_grid(bits)
     inner = tdq_layer_map(weight_bits, activation_bits, symmetric_activations, **options)
     layers = _layers(model, inner)
     chosen = layers_to_quantize(layers, float_layers, timestep_layers)
@@ -66,12 +69,16 @@ def quantize_layerwise(
             f"None of the {len(layers)} layers of this {type(model).__name__} that Brevitas can "
             "quantize is left. Check float_layers and timestep_layers."
         )
+    aliases = _aliases(model, layers)
     if first_last_bits is not None:
-        bits = (first_last_bits, first_last_bits)
-        outer = tdq_layer_map(*bits, symmetric_activations, **options)
+        outer = tdq_layer_map(first_last_bits, first_last_bits, symmetric_activations, **options)
         first_and_last = {chosen[0], chosen[-1]}
-        layerwise_quantize(model, outer, [name for name in layers if name not in first_and_last])
-    layerwise_quantize(model, inner, [name for name in layers if name not in set(chosen)])
+        others = [name for name in layers if name not in first_and_last]
+        layerwise_quantize(model, outer, [*others, *aliases])
+    others = [name for name in layers if name not in set(chosen)]
+    layerwise_quantize(model, inner, [*others, *aliases])
+    for alias, name in aliases.items():
+        model.set_submodule(alias, model.get_submodule(name))
     return model
 
 
@@ -90,6 +97,13 @@ def timestep_path_names(
     layers = _layers(model, tdq_layer_map())
     wanted = set(layers_to_quantize(layers, (), timestep_layers))
     return [name for name in layers if name not in wanted]
+
+
+def _aliases(model: nn.Module, layers: Sequence[str]) -> dict[str, str]:
+    """The other names of shared layers, with the first one: Brevitas would untie the layers."""
+    first = {model.get_submodule(name): name for name in layers}
+    every = model.named_modules(remove_duplicate=False)
+    return {name: first[layer] for name, layer in every if first.get(layer, name) != name}
 
 
 def _layers(model: nn.Module, layer_map: LayerMap) -> list[str]:

@@ -1,6 +1,6 @@
 """What Brevitas calls a tensor quantizer: from an activation to its quantized values and scale."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 from brevitas.core.bit_width import BitWidthConst
 from brevitas.core.function_wrapper import RoundSte
@@ -65,6 +65,7 @@ class TDQTensorQuant(nn.Module):
         self.int_quant, self.msb_clamp_bit_width_impl = int_quant, bit_width_impl
         self.restrict = _restriction(restrict_scaling_impl)
         self.quantizer: ActivationQuantizer
+        _check_estimator(tdq_estimator)
         if tdq_estimator == "brevitas":
             self.quantizer = BrevitasActivationQuantizer(tdq_grid, int_quant, bit_width_impl)
         else:
@@ -159,6 +160,12 @@ def _restriction(impl: nn.Module) -> nn.Module | None:
         f"restrict_scaling_type is solved to {type(impl).__name__}. A TDQ activation takes 'fp', "
         "'log_fp' or 'power_of_two'."
     )
+
+
+def _check_estimator(name: str) -> None:
+    known = (*get_args(Estimator), "brevitas")
+    if name not in known:
+        raise ConfigError(f"tdq_estimator = {name!r} is not one of {', '.join(known)}.")
 
 
 def _check_granularity(bit_width_impl: nn.Module, scaling_shape: tuple[int, ...]) -> None:

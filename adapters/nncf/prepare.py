@@ -54,7 +54,7 @@ def prepare(
         ConfigError: Bits are not 2 to 8.
         TimestepError: The model has no timestep argument, or the example gives no tensor for it.
     """
-    for bits in {activation_bits, weight_bits, first_last_bits or 8}:
+    for bits in (activation_bits, weight_bits, 8 if first_last_bits is None else first_last_bits):
         activation_grid(bits)
     sites = _sites(model, example_inputs, timestep_argument)
     names = layers(sites)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tdq_plugin.errors import AdapterError
 from tdq_plugin.fake_quantize import StepGradient, per_sample
+from tdq_plugin.float32 import Float32Module
 from tdq_plugin.grid import QuantizationGrid
 from tdq_plugin.quantizer import ActivationQuantizer
 
@@ -22,7 +23,7 @@ def is_traced() -> bool:
     return torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
 
 
-class TDQQuantizer(ActivationQuantizer, StatefulModuleInterface):
+class TDQQuantizer(Float32Module, ActivationQuantizer, StatefulModuleInterface):
     """A hook in NNCF's storage: NNCF's own rounding around a static range, rescaled by t.
 
     With a scale of `g * static_scale` it computes `g * Q(x / g)`, where Q is what NNCF computes
@@ -104,12 +105,22 @@ class TDQQuantizer(ActivationQuantizer, StatefulModuleInterface):
 
     def get_config(self) -> dict[str, Any]:
         """What `nncf.torch.get_config` saves; JSON."""
-        return {"grid": asdict(self.grid), "name": self.name, "order": self.order}
+        return {
+            "grid": asdict(self.grid),
+            "name": self.name,
+            "order": self.order,
+            "mode": self.mode,
+            "estimator": self.estimator,
+        }
 
     @classmethod
     def from_config(cls, state: dict[str, Any]) -> "TDQQuantizer":
         """The quantizer that `nncf.torch.load_from_config` makes."""
-        return cls(QuantizationGrid(**state["grid"]), state["name"], state["order"])
+        quantizer = cls(QuantizationGrid(**state["grid"]), state["name"], state["order"])
+        # Older files have neither.
+        quantizer.mode = state.get("mode", quantizer.mode)
+        quantizer.estimator = state.get("estimator", quantizer.estimator)
+        return quantizer
 
 
 def _range(native: BaseQuantizer) -> tuple[Tensor, Tensor]:

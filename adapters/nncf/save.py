@@ -16,6 +16,7 @@ from tdq_plugin.freeze import load_scales
 from tdq_plugin.scales import FrozenBank, GeneratorBank
 from tdq_plugin.scales.bank import BankFactory
 from tdq_plugin.table import ScaleTable
+from tdq_plugin.timestep import find_timestep_argument
 
 __all__ = ["FORMAT_VERSION", "load_quantized", "save_quantized"]
 
@@ -71,9 +72,13 @@ def load_quantized(
     Raises:
         TableFormatError: A file is missing, truncated, or of an unknown version.
         TableMismatchError: The folder belongs to another architecture, or to another bank.
+        TimestepError: The model's forward has no timestep argument.
     """
     content = _read_json(folder)
     state = _read_tensors(Path(folder) / _TENSORS)
+    # Before the model is changed: NNCF cannot hook into it a second time.
+    find_timestep_argument(model.forward, timestep_argument)
+    _check_architecture(model, state, folder)
     nncf.torch.load_from_config(
         model, content["nncf"], allowed_modules=("nncf.*", "tdq_plugin.adapters.nncf.*")
     )
@@ -89,6 +94,17 @@ def load_quantized(
             "the bank that were saved."
         ) from error
     return model.train(model.training)
+
+
+def _check_architecture(model: nn.Module, state: dict[str, Tensor], folder: str | Path) -> None:
+    for name, tensor in model.state_dict().items():
+        if name not in state or state[name].shape != tensor.shape:
+            saved = tuple(state[name].shape) if name in state else "missing"
+            raise TableMismatchError(
+                f"{folder} belongs to another architecture than this {type(model).__name__}: "
+                f"{name!r} has shape {tuple(tensor.shape)}, in the folder it is {saved}. Give the "
+                "model that was saved."
+            )
 
 
 def _table(model: nn.Module, state: dict[str, Tensor]) -> ScaleTable:

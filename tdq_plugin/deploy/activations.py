@@ -129,7 +129,8 @@ class DynamicValues(_Quantizer):
 
 def _dynamic_row(x: Tensor, grid: QuantizationGrid) -> QuantizerRow:
     """The row that fits the minimum and maximum of the whole of `x`."""
-    low, high = x.aminmax()
+    # An empty batch has no limits.
+    low, high = x.aminmax() if x.numel() else x.new_zeros(2)
     low, high = low.clamp(max=0), high.clamp(min=0)
     if grid.symmetric:
         scale = torch.maximum(high / grid.quant_max, low / grid.quant_min).clamp(min=SCALE_FLOOR)

@@ -35,7 +35,7 @@ def load_checkpoint(
     """Restore bank and roundings if there is a checkpoint; return the finished blocks' losses.
 
     Raises:
-        ConfigError: The checkpoint was written with another configuration.
+        ConfigError: The checkpoint was written with another configuration, or another bank.
         TableFormatError: The file is not readable.
     """
     if not path.exists():
@@ -51,7 +51,16 @@ def load_checkpoint(
             f"{path} was written with another configuration: {metadata.get('config')}. "
             "Remove it, or choose another file."
         )
-    bank.load_state_dict({k: v for k, v in state.items() if not k.startswith(_ROUNDING)})
+    scales = {k: v for k, v in state.items() if not k.startswith(_ROUNDING)}
+    # Before anything is loaded, for torch would load what fits.
+    if {k: v.shape for k, v in scales.items()} != {
+        k: v.shape for k, v in bank.state_dict().items()
+    }:
+        raise ConfigError(
+            f"{path} was written with another scale bank than this {type(bank).__name__} of "
+            f"{len(bank.names)} quantizers. Remove it, or choose another file."
+        )
+    bank.load_state_dict(scales)
     rounded.load_state_dict(
         {k.removeprefix(_ROUNDING): v for k, v in state.items() if k.startswith(_ROUNDING)}
     )

@@ -138,5 +138,8 @@ def samples_per_step(
     from_image = torch.linspace(1, 0, steps)
     weight = torch.exp(-0.5 * ((from_image - 0.4) / 0.25).square())
     total = min(affordable, images * weight.sum().item() / weight.max().item())
-    counts = (weight / weight.sum() * total).round().clamp(min=1, max=images)
-    return [int(count) for count in counts]
+    counts = (weight / weight.sum() * total).round().clamp(min=1, max=images).int()
+    while counts.sum() > affordable:
+        # What rounding up and the least of one have added.
+        counts[counts.argmax()] -= 1
+    return counts.tolist()

@@ -19,7 +19,7 @@ class ReconstructionConfig:
         iterations: Adam steps for each block.
         batch_size: Samples in a step.
         learning_rate: Of the scales' parameters, decayed to zero by a cosine.
-        zero_point_learning_rate: Of the zero points, in steps of the grid.
+        zero_point_learning_rate: Of the zero points, in steps of the grid; 0 keeps them.
         seed: Seed of the batches.
         learn_rounding: Also learn whether each weight of the block is rounded up or down
             (AdaRound), and write the rounded weights into the layers.
@@ -43,7 +43,8 @@ class ReconstructionConfig:
 
     def __post_init__(self) -> None:
         rates = self.learning_rate, self.rounding_learning_rate, self.rounding_regularisation
-        if min(self.iterations, self.batch_size) < 1 or min(rates) <= 0:
+        counts = self.iterations, self.batch_size
+        if min(counts) < 1 or min(rates) <= 0 or self.zero_point_learning_rate < 0:
             raise ConfigError(f"{self} needs positive numbers.")
         if self.granularity not in get_args(Granularity):
             raise ConfigError(f"granularity = {self.granularity!r} is not block or network.")

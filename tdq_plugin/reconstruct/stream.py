@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from tdq_plugin.errors import AdapterError
 from tdq_plugin.graph.timestep_node import find_timestep_node
 from tdq_plugin.reconstruct.blocks import Block, run_block
 from tdq_plugin.reconstruct.collect import CalibrationSet
@@ -42,7 +43,11 @@ class Stream:
 
     @torch.no_grad()
     def advance(self, block: Block) -> None:
-        """Run a block on all samples and keep its outputs."""
+        """Run a block on all samples and keep its outputs.
+
+        Raises:
+            AdapterError: A later block reads a value with several rows for each sample.
+        """
         parts: dict[fx.Node, list[Tensor]] = {node: [] for node in block.outputs}
         for start in range(0, len(self), self.batch_size):
             batch = self.inputs(block, slice(start, start + self.batch_size))
@@ -50,6 +55,12 @@ class Stream:
                 parts[node].append(value)
         for node, pieces in parts.items():
             self.values[node] = torch.cat(pieces)
+            if len(self.values[node]) != len(self):
+                raise AdapterError(
+                    f"The block {block.name!r} hands {node.name!r} over, which has "
+                    f"{len(self.values[node])} rows for {len(self)} samples, as the heads of an "
+                    "attention. Use granularity='network'."
+                )
 
     def forget(self, later: Sequence[Block]) -> None:
         """Drop the values that no later block needs."""

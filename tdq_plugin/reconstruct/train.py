@@ -76,6 +76,11 @@ def train_scales(
             targets = [target[index] for target in objective.targets]
             loss = _distance(objective.run(index), targets, weights)
             value = float(loss.detach())
+            if not value < float("inf"):
+                raise CalibrationError(
+                    f"The loss of block {objective.name!r} is {value} at step {step}. "
+                    "Lower the learning rate."
+                )
             if roundings:
                 penalty = rounding_penalty(roundings, step / config.iterations)
                 loss = loss + config.rounding_regularisation * penalty
@@ -85,11 +90,6 @@ def train_scales(
             for each in optimizers:
                 each.step()
             schedule.step()
-            if not value < float("inf"):
-                raise CalibrationError(
-                    f"The loss of block {objective.name!r} is {value} at step {step}. "
-                    "Lower the learning rate."
-                )
             report(step, value)
     return value
 
@@ -104,9 +104,10 @@ def _optimizer(bank: ScaleBank, config: ReconstructionConfig) -> torch.optim.Ada
 
 
 def _distance(outputs: Sequence[Tensor], targets: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """Weighted squared error, relative to the size of each target."""
+    """Weighted squared error, relative to the size of each target unless that is zero."""
     total = weights.new_zeros(())
     for output, wanted in zip(outputs, targets, strict=True):
         error = (output - wanted).square().flatten(1).mean(dim=1)
-        total = total + (weights * error).mean() / wanted.square().mean()
+        size = wanted.square().mean()
+        total = total + (weights * error).mean() / size.where(size > 0, 1)
     return total

@@ -71,8 +71,9 @@ class FrozenBank(ScaleBank):
         last = self.timesteps.shape[0] - 1
         above = torch.searchsorted(self.timesteps, timesteps).clamp(max=last)
         below = (above - 1).clamp(min=0)
-        middle = (self.timesteps[below] + self.timesteps[above]) / 2
-        nearest = torch.where(timesteps <= middle, below, above)
+        # Distances, for the middle of two neighbouring floats is one of them.
+        is_below = timesteps - self.timesteps[below] <= self.timesteps[above] - timesteps
+        nearest = torch.where(is_below, below, above)
         if self.lookup == "exact":
             self._check(self.timesteps[nearest] == timesteps, timesteps)
         else:

@@ -52,6 +52,12 @@ def test_torch_quantize_per_tensor_would_not_be_bit_equal():
     assert not torch.equal(TableCodes(grid)(x, row(grid, scale, zero)).values, theirs)
 
 
+def test_an_empty_batch_has_no_range():
+    x, grid = torch.zeros(0, 3), activation_grid(8)
+    assert DynamicValues(grid)(x).shape == (0, 3)
+    assert DynamicCodes(grid)(x).values.shape == (0, 3)
+
+
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_dynamic_ranges_are_those_of_the_dynamic_quantizer(grid):
     x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)) + 1

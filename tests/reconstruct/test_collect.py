@@ -9,6 +9,7 @@ from diffusers import (
 
 from tdq_plugin.errors import CalibrationError, ConfigError
 from tdq_plugin.reconstruct import ReconstructionConfig, collect_trajectories
+from tdq_plugin.reconstruct.collect import samples_per_step
 
 SHAPE = (1, 4, 4)
 
@@ -56,6 +57,13 @@ def test_the_budget_bounds_the_samples(scheduler, distribution):
     )
     assert data.samples.numel() * 4 <= budget + 10 * 16 * 4
     assert len(data.timesteps.unique()) == 10
+
+
+@pytest.mark.parametrize("affordable", [10, 35, 101])
+def test_rounding_up_stays_within_the_budget(affordable):
+    counts = samples_per_step(10, 256, "normal", SHAPE, affordable * 16 * 4)
+    assert min(counts) >= 1
+    assert sum(counts) <= affordable
 
 
 def test_a_budget_below_one_sample_per_timestep_is_refused(scheduler):

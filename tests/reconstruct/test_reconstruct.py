@@ -126,6 +126,57 @@ def test_samples_that_are_not_finite_are_refused(model, data):
         reconstruct(model, broken, ReconstructionConfig(iterations=1))
 
 
+def test_a_refused_loss_leaves_the_bank_as_it_was(model, data):
+    before = {key: value.clone() for key, value in tdq.scale_bank(model).state_dict().items()}
+    with pytest.raises(CalibrationError, match="is nan at step 0"):
+        reconstruct(model, data, ReconstructionConfig(), weighting=lambda t: t * float("nan"))
+    for key, value in tdq.scale_bank(model).state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_a_float_output_of_zero_is_no_error(model, data):
+    torch.nn.init.zeros_(model.get_submodule("conv_out").weight)
+    torch.nn.init.zeros_(model.get_submodule("conv_out").bias)
+    (loss,) = reconstruct(model, data, ReconstructionConfig(iterations=2, batch_size=4))
+    assert loss == 0
+    assert all(value.isfinite().all() for value in tdq.scale_bank(model).parameters())
+
+
+def test_a_checkpoint_of_another_bank_is_refused(model, data, tmp_path):
+    config, checkpoint = ReconstructionConfig(iterations=1), tmp_path / "scales.safetensors"
+    reconstruct(model, data, config, checkpoint=checkpoint)
+    live = tdq.scale_bank(model)
+    other = tdq.ConstantBank(dict(zip(live.names, live.grids, strict=True)))
+    other.set_static(live.base_scale[:, 0] * 2, live.zero_point[:, 0].detach())
+    tdq.set_scale_bank(model, other)
+    with pytest.raises(ConfigError, match=r"another scale bank than this ConstantBank.*Remove it"):
+        reconstruct(model, data, config, checkpoint=checkpoint)
+    assert torch.equal(other.base_scale, live.base_scale * 2)
+
+
+class TopLevelHeads(torch.nn.Module):
+    """Attention whose layers are blocks of their own, with the heads side by side between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, sample, timestep):
+        query, key = (
+            layer(sample).unflatten(2, (2, -1)).transpose(1, 2).flatten(0, 1)
+            for layer in (self.query, self.key)
+        )
+        return (query @ key.transpose(1, 2)).unflatten(0, (-1, 2))
+
+
+def test_rows_that_are_no_samples_cannot_be_handed_over():
+    graph = tdq.trace(TopLevelHeads().eval(), (torch.randn(2, 5, 8), torch.tensor([1, 2])))
+    stream = Stream(graph, CalibrationSet(torch.randn(8, 5, 8), torch.arange(8.0)))
+    first, *_ = find_blocks(graph.graph)
+    with pytest.raises(AdapterError, match=r"'query' hands .* 16 rows for 8 samples.*'network'"):
+        stream.advance(first)
+
+
 def test_frozen_models_are_refused(model, data):
     tdq.freeze(model, [0, 200, 400, 600, 800])
     with pytest.raises(AdapterError, match=r"FrozenBank.*before freeze"):
@@ -135,3 +186,5 @@ def test_frozen_models_are_refused(model, data):
 def test_numbers_must_be_positive():
     with pytest.raises(ConfigError, match="iterations=0"):
         ReconstructionConfig(iterations=0)
+    with pytest.raises(ConfigError, match="zero_point_learning_rate=-1"):
+        ReconstructionConfig(zero_point_learning_rate=-1)

@@ -95,6 +95,14 @@ def test_a_table_of_one_timestep(lookup: Lookup) -> None:
         FrozenBank(rows, lookup)(43)
 
 
+@pytest.mark.parametrize("lookup", ["exact", "nearest", "linear"])
+def test_neighbouring_floats_are_two_timesteps(lookup: Lookup) -> None:
+    first = torch.tensor([0.1, 0.3, 500.0])
+    steps = torch.stack([first, first.nextafter(first + 1)], dim=1).flatten()
+    bank = FrozenBank(table(steps.tolist()), lookup)
+    assert bank.index(steps).tolist() == list(range(6))
+
+
 def test_exact_refuses_what_lies_between() -> None:
     message = (
         r"Timestep 5, 10.5 is not in the frozen table of 3 timesteps \(0 .. 900, lookup='exact'\)"

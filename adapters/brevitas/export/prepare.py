@@ -43,15 +43,20 @@ class ExportedModel(nn.Module):
         super().__init__()
         self.table = exported_table(model)
         _check_state(model)
-        self._bound = _bind(inspect.signature(model.forward), example_inputs)
+        signature = inspect.signature(model.forward)
+        self._bound = _bind(signature, example_inputs)
+        # The name of `**arguments`, whose entries are inputs, too.
+        kinds = {parameter.kind: name for name, parameter in signature.parameters.items()}
+        self._further = kinds.get(inspect.Parameter.VAR_KEYWORD, "")
         # The model can raise where a graph cannot: for a wrong shape, or an unknown timestep.
         with torch.no_grad():
             model(*self._bound.args, **self._bound.kwargs)
         self.model = copy.deepcopy(model)
         self.model.scale_bank = LookupBank(self.table)
+        arguments = self._bound.arguments
         self.inputs = {
             name: value if isinstance(value, Tensor) else torch.tensor(value)
-            for name, value in self._bound.arguments.items()
+            for name, value in {**arguments, **arguments.get(self._further, {})}.items()
             if isinstance(value, Tensor | int | float) and not isinstance(value, bool)
         }
 
@@ -59,6 +64,9 @@ class ExportedModel(nn.Module):
         """What the model predicts: its output, or the first of several."""
         given = dict(zip(self.inputs, inputs, strict=True))
         arguments = {name: given.get(name, old) for name, old in self._bound.arguments.items()}
+        if self._further in arguments:
+            further = arguments[self._further].items()
+            arguments[self._further] = {name: given.get(name, old) for name, old in further}
         bound = inspect.BoundArguments(self._bound.signature, arguments)
         return first_tensor(self.model(*bound.args, **bound.kwargs))
 

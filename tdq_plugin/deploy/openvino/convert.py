@@ -19,6 +19,7 @@ from tdq_plugin.deploy.openvino.rewrite import check_bank, rewrite, table_of
 from tdq_plugin.deploy.openvino.tabulate import tabulate_timestep_path
 from tdq_plugin.deploy.openvino.traced import traced_model
 from tdq_plugin.errors import AdapterError, LookupRuleError, TraceError
+from tdq_plugin.graph.timestep_node import find_timestep_node
 from tdq_plugin.scales.frozen import FrozenBank
 from tdq_plugin.timestep import find_timestep_argument
 
@@ -93,12 +94,20 @@ def _traceable(
     else:
         bank = _bank_of_module(model)
     check_bank(bank)
-    timestep = find_timestep_argument(inspect.signature(model.forward))
+    timestep = _timestep_argument(model)
     inputs = _bind(model, example_inputs, timestep)
     batch = next(len(value) for name, value in inputs.items() if name != timestep)
     inputs[timestep] = bank.timesteps[:1].expand(batch).clone()
     module = rewrite(model, inputs) if isinstance(model, fx.GraphModule) else model
     return module, bank, inputs, timestep
+
+
+def _timestep_argument(model: nn.Module) -> str:
+    """A graph knows it, whatever its name is."""
+    node = find_timestep_node(model.graph) if isinstance(model, fx.GraphModule) else None
+    if node is not None and isinstance(node.args[0], fx.Node):
+        return str(node.args[0].target)
+    return find_timestep_argument(inspect.signature(model.forward))
 
 
 def _check_lookup(bank: FrozenBank) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy.typing as npt
 import openvino as ov
 import torch
 from torch import Tensor
@@ -68,7 +69,8 @@ class OpenVINOModel:
             The output, float32, on the CPU.
 
         Raises:
-            AdapterError: An argument is missing, unknown, or of another shape than at conversion.
+            AdapterError: An argument is missing, unknown, given twice, or of another shape than at
+                conversion.
             LookupRuleError: A timestep is not in the table.
             TimestepError: The number of timesteps is neither 1 nor the batch size, or they differ
                 and the model takes one a call.
@@ -80,11 +82,9 @@ class OpenVINOModel:
         batch = next(iter(tensors.values())).shape[0]
         tensors[self.timestep_input] = self._check_timesteps(timesteps, batch)
         arrays = {
-            node.get_friendly_name(): tensors[node.get_friendly_name()]
-            .detach()
-            .cpu()
-            .numpy()
-            .astype(node.get_element_type().to_dtype(), copy=False)
+            node.get_friendly_name(): _array(tensors[node.get_friendly_name()]).astype(
+                node.get_element_type().to_dtype(), copy=False
+            )
             for node in self.model.get_parameters()
         }
         compiled = self._compiled_for(tuple(array.shape for array in arrays.values()))
@@ -93,7 +93,7 @@ class OpenVINOModel:
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         names = self.input_names
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        if len(args) > len(names) or set(given) != set(names):
+        if len(args) + len(kwargs) != len(names) or set(given) != set(names):
             raise AdapterError(
                 f"The converted model takes {list(names)}; it was called with {len(args)} "
                 f"arguments by position and {list(kwargs)} by name."
@@ -112,13 +112,13 @@ class OpenVINOModel:
 
     def _check_timesteps(self, timesteps: Tensor, batch: int) -> Tensor:
         self.bank.index(timesteps)
-        if bool((timesteps == timesteps[0]).all()):
-            return timesteps[:1]
-        if len(timesteps) != batch:
+        if len(timesteps) not in (1, batch):
             raise TimestepError(
-                f"{len(timesteps)} different timesteps were given for {batch} samples. "
+                f"{len(timesteps)} timesteps were given for {batch} samples. "
                 "Give one timestep, or one per sample."
             )
+        if bool((timesteps == timesteps[0]).all()):
+            return timesteps[:1]
         if not self.mixed_timesteps:
             raise TimestepError(
                 f"This model takes one timestep a call, not {timesteps.tolist()[:5]}. Call it once "
@@ -134,3 +134,10 @@ class OpenVINOModel:
             model.reshape(dict(enumerate(map(ov.PartialShape, shapes))))
             self._compiled[shapes] = ov.Core().compile_model(model, "CPU", self.properties)
         return self._compiled[shapes]
+
+
+def _array(tensor: Tensor) -> npt.NDArray[Any]:
+    # numpy has no bfloat16.
+    tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+    array: npt.NDArray[Any] = tensor.detach().cpu().numpy()
+    return array

@@ -7,6 +7,8 @@ import openvino as ov
 import torch
 from torch import Tensor, nn
 
+from tdq_plugin.errors import TDQError, TraceError
+
 __all__ = ["traced_model"]
 
 
@@ -19,13 +21,24 @@ def traced_model(module: nn.Module, inputs: Mapping[str, Tensor]) -> ov.Model:
 
     Returns:
         A model whose inputs have these names and a dynamic dimension 0.
+
+    Raises:
+        TraceError: The module gives something else than tensors.
     """
     with torch.no_grad(), warnings.catch_warnings():
         # OpenVINO reads TorchScript: torch.export does not know torch's fake quantization.
         warnings.filterwarnings("ignore", ".*torch.jit.trace", DeprecationWarning)
         # The tracer warns of each size that becomes a constant.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
-        traced = torch.jit.trace(module, example_kwarg_inputs=dict(inputs), check_trace=False)
+        try:
+            traced = torch.jit.trace(module, example_kwarg_inputs=dict(inputs), check_trace=False)
+        except TDQError:
+            raise
+        except RuntimeError as error:
+            raise TraceError(
+                f"This {type(module).__name__} cannot be traced for OpenVINO: {error}. Its inputs "
+                "and outputs must be tensors."
+            ) from error
         model = ov.convert_model(traced)
     for parameter in model.get_parameters():
         (name,) = parameter.output(0).get_names() & set(inputs)

@@ -97,8 +97,10 @@ def test_no_data(model):
 def test_a_frozen_model(model):
     calibrate(model)
     tdq.freeze(model, STEPS)
+    before = model(SAMPLE, STEPS[1])
     with pytest.raises(AdapterError, match="cannot be calibrated"):
         calibrate(model)
+    assert torch.equal(model(SAMPLE, STEPS[1]), before)
 
 
 def test_a_part_of_the_model(model):

@@ -333,6 +333,24 @@ def test_arguments_by_name_and_constants(small, tmp_path):
     assert_agrees(output, expected)
 
 
+class Conditioned(nn.Module):
+    """Takes what further conditions there are by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = qnn.QuantLinear(2, 2, True, input_quant=TDQInt8ActPerTensorFloat, **WEIGHTS)
+
+    def forward(self, sample, timestep, **conditions):
+        return self.linear(sample) + conditions.get("shift", 0)
+
+
+def test_further_arguments_by_name_are_inputs():
+    model = with_scales(Conditioned())
+    sample, shift = torch.randn(3, 2), torch.randn(3, 2)
+    traced = export_torch(model, {"sample": sample, "timestep": ONE, "shift": shift})
+    assert torch.equal(traced(sample, ONE, shift * 2), model(sample, ONE, shift=shift * 2))
+
+
 def test_the_model_stays_as_it_is(small, tmp_path):
     bank, before = tdq.scale_bank(small), small(samples(2), EACH)
     export_onnx(small, tmp_path / "model.onnx", (samples(2), ONE))

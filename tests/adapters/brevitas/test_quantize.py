@@ -140,3 +140,39 @@ def test_configurations_of_brevitas_examples(kind, bits):
     mixed = model(SAMPLE, TIMESTEPS)
     single = [model(SAMPLE[i : i + 1], step) for i, step in enumerate(STEPS[:4])]
     torch.testing.assert_close(mixed, torch.cat(single), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"activation_bits": 9}, {"weight_bits": 1}, {"first_last_bits": 0}]
+)
+def test_wrong_bits_leave_the_model_as_it_was(options):
+    model = TinyDenoiser()
+    with pytest.raises(ConfigError, match=f"{next(iter(options.values()))} bits are not supported"):
+        quantize_layerwise(model, **options)
+    assert type(model.conv_in) is nn.Conv2d
+    assert type(model.conv_out) is nn.Conv2d
+
+
+class Shared(nn.Module):
+    """One layer under two names of one module, and of two."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.again, self.inner = self.middle, nn.Sequential(self.middle)
+        self.last = nn.Linear(2, 2)
+
+    def forward(self, sample, timestep):
+        hidden = self.inner(self.again(self.middle(self.first(sample)).tanh()).tanh())
+        return self.last(hidden.tanh())
+
+
+def test_shared_layers_stay_shared():
+    model = quantize_layerwise(Shared(), activation_bits=4)
+    assert type(model.middle) is qnn.QuantLinear
+    assert model.again is model.middle is model.inner[0]
+    bank = tdq.scale_bank(tdq.attach(model))
+    assert [grid.bits for grid in bank.grids] == [8, 4, 8]
+    float_middle = quantize_layerwise(Shared(), float_layers=("middle",))
+    assert type(float_middle.middle) is nn.Linear
+    assert float_middle.again is float_middle.middle is float_middle.inner[0]

@@ -13,7 +13,7 @@ from contract.networks import BATCHES, STEPS
 
 import tdq_plugin as tdq
 from tdq_plugin.adapters.brevitas import TDQInt8ActPerTensorFloat, TDQUint8ActPerTensorFloat
-from tdq_plugin.errors import AdapterError, TimestepError
+from tdq_plugin.errors import AdapterError, ConfigError, TimestepError
 
 ACTIVATION = TDQInt8ActPerTensorFloat
 BOTH = {"input_quant": ACTIVATION, "weight_quant": Int8WeightPerChannelFloat}
@@ -96,3 +96,9 @@ def test_an_export_that_knows_no_tdq(calibrated):
         model.apply(lambda module: _set_proxy_export_handler(ManagerWithoutHandler, module))
     _set_proxy_export_mode(model, enabled=False)
     assert torch.equal(model(SAMPLE, STEPS[1]), before)
+
+
+def test_an_estimator_that_there_is_not():
+    quantizer = ACTIVATION.let(tdq_estimator="LSQ")
+    with pytest.raises(ConfigError, match="tdq_estimator = 'LSQ' is not one of lsq, pact, nipq, "):
+        qnn.QuantLinear(2, 2, True, input_quant=quantizer)

@@ -202,6 +202,8 @@ def test_models_and_examples_that_do_not_fit(quantized):
         prepare(quantized(), example_inputs(), timestep_argument="sigma")
     with pytest.raises(ConfigError, match="9 bits are not supported"):
         prepare(quantized(), example_inputs(), activation_bits=9)
+    with pytest.raises(ConfigError, match="0 bits are not supported"):
+        prepare(quantized(), example_inputs(), first_last_bits=0)
 
 
 @pytest.mark.parametrize("first_last_bits", [None, 8])

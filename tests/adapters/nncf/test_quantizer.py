@@ -71,6 +71,14 @@ def test_every_constant_scale_is_nncf_s_quantizer_rescaled(quantized, symmetric)
                 assert torch.equal(ours, native(x / g) * g)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_casting_leaves_the_static_ranges(quantized, dtype):
+    model = tdq.attach(prepare(quantized(), example_inputs()))
+    before = [(q.static_scale, q.static_zero_point) for _, q in tdq.named_quantizers(model)]
+    model.to(dtype)
+    assert [(q.static_scale, q.static_zero_point) for _, q in tdq.named_quantizers(model)] == before
+
+
 @pytest.mark.parametrize(("low", "high"), [(-0.278, 9.87), (-9.87, 0.278), (-0.278, 0.278)])
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_zero_is_a_code(low, high, bits):

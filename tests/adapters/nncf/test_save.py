@@ -6,10 +6,11 @@ import nncf.torch
 import pytest
 import torch
 from contract.networks import BATCHES, STEPS, TinyDenoiser
+from nncf.torch.function_hook.wrapper import is_wrapped
 
 import tdq_plugin as tdq
 from tdq_plugin.adapters.nncf import load_quantized, save_quantized
-from tdq_plugin.errors import AdapterError, TableFormatError, TableMismatchError
+from tdq_plugin.errors import AdapterError, TableFormatError, TableMismatchError, TimestepError
 
 SAMPLE = BATCHES[2][0][:4]
 
@@ -37,6 +38,16 @@ def test_round_trip(make, tmp_path, bits, bank):
     assert not any(module.training for module in restored.modules())
     for step in (*STEPS, 3):
         assert torch.equal(restored(SAMPLE, step), model(SAMPLE, step))
+
+
+def test_modes_and_estimators_come_back(make, tmp_path):
+    model = make()
+    for _, quantizer in tdq.named_quantizers(model):
+        quantizer.mode, quantizer.estimator = "dynamic", "pact"
+    save_quantized(model, tmp_path / "model")
+    restored = load_quantized(TinyDenoiser().eval(), tmp_path / "model")
+    assert torch.equal(restored(SAMPLE, 250), model(SAMPLE, 250))
+    assert {quantizer.estimator for _, quantizer in tdq.named_quantizers(restored)} == {"pact"}
 
 
 def constant(model):
@@ -119,8 +130,13 @@ def test_another_architecture_or_bank(make, saved, tmp_path):
             super().__init__()
             self.extra = torch.nn.Linear(2, 2)
 
-    with pytest.raises(TableMismatchError, match="another architecture than this Wider"):
-        load_quantized(Wider(), saved)
+    wider = Wider()
+    with pytest.raises(TableMismatchError, match=r"another architecture than this Wider.*missing"):
+        load_quantized(wider, saved)
+    narrow = TinyDenoiser().eval()
+    with pytest.raises(TimestepError, match="no argument 'sigma'"):
+        load_quantized(narrow, saved, timestep_argument="sigma")
+    assert not any(is_wrapped(model) for model in (wider, narrow))
     save_quantized(make(), tmp_path / "live")
     with pytest.raises(TableMismatchError, match="another bank than ConstantBank"):
         load_quantized(TinyDenoiser(), tmp_path / "live", bank=tdq.ConstantBank)

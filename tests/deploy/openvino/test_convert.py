@@ -4,13 +4,15 @@ import copy
 
 import pytest
 import torch
-from contract.networks import STEPS, TinyDenoiser, example_inputs
+from contract.networks import BATCHES, STEPS, TinyDenoiser, example_inputs
 from deploy.networks import SAMPLE, frozen, frozen_tiny, prepared
 from deploy.test_layers import relative_error
 from deploy.test_lower import SharedInput, labelled
 from torch import nn
+from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
 import tdq_plugin as tdq
+from tdq_plugin.adapters.torch_ao import tdq_backend_config, tdq_qconfig_mapping
 from tdq_plugin.deploy import load_int8, lower_to_int8, save_int8
 from tdq_plugin.deploy.openvino import to_openvino
 from tdq_plugin.errors import (
@@ -214,6 +216,40 @@ def test_what_cannot_be_converted_says_why(tiny):
     nearest = frozen_tiny(lookup="nearest")
     with pytest.raises(LookupRuleError, match=r"lookup='nearest'.*cache_timestep_path=False"):
         to_openvino(nearest, example_inputs())
+
+
+class Sigma(nn.Module):
+    """The timestep by another name, and an output by name if wanted."""
+
+    def __init__(self, named=False):
+        super().__init__()
+        self.conv, self.named = nn.Conv2d(1, 1, 3, padding=1), named
+
+    def forward(self, sample, sigma):
+        output = self.conv(sample * (1 + sigma.reshape(-1, 1, 1, 1) / 1000))
+        return {"sample": output} if self.named else output
+
+
+def sigma(**options):
+    example = example_inputs()
+    graph = tdq.trace(Sigma(**options), example, timestep_argument="sigma").train()
+    mapping = tdq_qconfig_mapping(graph, 8, 8)
+    model = prepare_qat_fx(graph, mapping, example, backend_config=tdq_backend_config()).eval()
+    tdq.calibrate(tdq.attach(model, timestep_argument="sigma"), BATCHES)
+    return tdq.freeze(model, STEPS)
+
+
+def test_a_timestep_of_another_name():
+    model = sigma()
+    converted = to_openvino(model, example_inputs())
+    assert converted.timestep_input == "sigma"
+    timesteps = torch.tensor([250])
+    torch.testing.assert_close(converted(SAMPLE, timesteps), model(SAMPLE, timesteps))
+
+
+def test_outputs_that_are_no_tensors():
+    with pytest.raises(TraceError, match=r"cannot be traced.*inputs and outputs must be tensors"):
+        to_openvino(sigma(named=True), example_inputs())
 
 
 def test_zero_points_that_move_with_t_are_refused():

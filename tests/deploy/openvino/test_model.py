@@ -26,7 +26,14 @@ def test_arguments_by_position_and_by_name(tiny):
     assert torch.equal(model(SAMPLE, timestep=250), expected)
     assert torch.equal(model(timestep=torch.tensor(250.0), sample=SAMPLE), expected)
     assert torch.equal(model(SAMPLE.double(), 250), expected)
-    for args, kwargs in (((SAMPLE,), {}), ((SAMPLE, 1, 2), {}), ((SAMPLE, 250), {"label": 1})):
+    sample = SAMPLE.bfloat16()
+    assert torch.equal(model(sample, 250), model(sample.float(), 250))
+    for args, kwargs in (
+        ((SAMPLE,), {}),
+        ((SAMPLE, 1, 2), {}),
+        ((SAMPLE, 250), {"label": 1}),
+        ((SAMPLE, 250), {"timestep": 0}),
+    ):
         with pytest.raises(AdapterError, match=r"takes \['sample', 'timestep'\]; it was called"):
             model(*args, **kwargs)
 
@@ -36,8 +43,9 @@ def test_a_wrong_timestep_is_an_error(tiny):
     for timestep in (3, torch.tensor([0, 3, 250, 999])):
         with pytest.raises(LookupRuleError, match="Timestep 3 is not in the frozen table"):
             model(SAMPLE, timestep)
-    with pytest.raises(TimestepError, match="2 different timesteps were given for 4 samples"):
-        model(SAMPLE, torch.tensor([0, 250]))
+    for timesteps in ([0, 250], [250, 250]):
+        with pytest.raises(TimestepError, match="2 timesteps were given for 4 samples"):
+            model(SAMPLE, torch.tensor(timesteps))
 
 
 def test_another_size_is_an_error(tiny):
