@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,14 @@ def calibrated(float_model: FloatModel) -> Any:
     batch = (drawn.samples, drawn.timesteps)
     observations = tdq.calibrate(observed, [batch], samples=64, warm_start=False)
 
-    def make(name: str = "tdq") -> fx.GraphModule:
+    @cache
+    def make(name: str) -> fx.GraphModule:
         model = copy.deepcopy(prepared)
         apply_method(model, METHODS[name])
         calibrate_bank(model, METHODS[name], observations)
         return model
 
-    return make
+    return lambda name="tdq": copy.deepcopy(make(name))
 
 
 def train(

@@ -140,8 +140,11 @@ def test_inference_mode_follows_the_timestep(model, cached):
 
 @pytest.mark.parametrize(
     ("frozen", "whole"),
-    [(True, False), (True, True), (False, True)],
-    ids=["frozen, by Brevitas", "frozen, whole", "live, whole"],
+    [
+        pytest.param(True, False, id="frozen, by Brevitas", marks=pytest.mark.slow),
+        pytest.param(True, True, id="frozen, whole"),
+        pytest.param(False, True, id="live, whole"),
+    ],
 )
 def test_compiled_in_inference_mode(around, frozen, whole):
     torch._dynamo.reset()
