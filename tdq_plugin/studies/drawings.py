@@ -11,6 +11,7 @@ from tdq_plugin.study.canvas import (
     MUTED,
     TIMESTEP_LABEL,
     method_colours,
+    plain_ticks,
     png,
     shorten,
     subplots,
@@ -47,6 +48,7 @@ def distance_dots(
         axes.set_title(group, loc="left", fontsize=10)
         axes.set(xscale="log", ylim=(len(methods) - 0.5, -0.5))
         first = axes is panels[0]
+        plain_ticks(axes.xaxis)
         axes.set_yticks(range(len(methods)), methods if first else [""] * len(methods))
         axes.tick_params(axis="y", labelcolor=INK, length=0)
     figure.supxlabel(
@@ -77,9 +79,10 @@ def lines_over_steps(
     axes.set(xlabel="steps of the sampler", ylabel=label, xscale="log")
     if log:
         axes.set_yscale("log")
+        plain_ticks(axes.yaxis)
     ticks = sorted({step for draws in curves.values() for step in draws})
-    axes.set_xticks(ticks, [str(step) for step in ticks], minor=False)
-    axes.minorticks_off()
+    axes.set_xticks(ticks, [str(step) for step in ticks])
+    axes.set_xticks([], minor=True)
     figure.legend(loc="outside right upper", frameon=False)
     return png(figure)
 

@@ -92,7 +92,7 @@ def _part(key: str, results: PartResults) -> Section:
         check_pairs(groups, part.ratios)
     for group in groups:
         blocks += _tables(part, group)
-    if results.runs and not results.missing:
+    if results.runs:
         for figure in part.figures:
             pictures = FIGURES[figure](groups, results.runs)
             blocks += [_renamed(picture, key) for picture in pictures]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "MUTED",
     "TIMESTEP_LABEL",
     "method_colours",
+    "plain_ticks",
     "png",
     "shorten",
     "subplots",
@@ -25,7 +27,9 @@ __all__ = [
 # Okabe and Ito's palette: distinguishable with the common colour vision deficiencies.
 KNOWN_COLOURS = {
     "TDQ": "#0072b2",
+    "TDQ, corrected": "#003f6b",
     "static LSQ": "#d55e00",
+    "static LSQ, corrected": "#ff9e4a",
     "MinMax": "#8c564b",
     "learned table": "#009e73",
     "dynamic": "#cc79a7",
@@ -60,6 +64,15 @@ def method_colours(methods: Iterable[str]) -> dict[str, str]:
     """
     spare = iter(SPARE_COLOURS * 4)
     return {method: KNOWN_COLOURS.get(method) or next(spare) for method in methods}
+
+
+def plain_ticks(axis: "Axis") -> None:
+    """Ticks of a logarithmic axis at 1, 2 and 5, written as plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def subplots(rows: int, columns: int, width: float, height: float) -> tuple["Figure", list["Axes"]]:
