@@ -10,7 +10,7 @@ from pydantic import Field
 from tqdm.auto import tqdm
 
 from tdq_plugin.fit_correction import fit_output_correction
-from tdq_plugin.output_correction import OutputCorrection, load_correction
+from tdq_plugin.output_correction import CorrectedDenoiser, load_correction
 from tdq_plugin.recipes.config import Section
 from tdq_plugin.recipes.float_model import FloatModel
 from tdq_plugin.recipes.sampling import Denoiser
@@ -19,7 +19,7 @@ __all__ = [
     "CORRECTED",
     "NOTE",
     "CorrectionSection",
-    "correction_of",
+    "corrected",
     "method_of",
     "row_title",
     "row_titles",
@@ -96,7 +96,7 @@ def method_of(row: str) -> str:
     return row.removesuffix(CORRECTED)
 
 
-def correction_of(
+def corrected(
     denoiser: Denoiser,
     model: FloatModel,
     scheduler: DDIMScheduler,
@@ -104,8 +104,8 @@ def correction_of(
     images: int,
     seed: int,
     batch_size: int = 200,
-) -> OutputCorrection:
-    """The correction that is kept at `path`; fitted on noise of its own if there is none yet.
+) -> CorrectedDenoiser:
+    """With the correction that is kept at `path`; fitted on noise of its own if there is none yet.
 
     Args:
         denoiser: The quantized model.
@@ -130,4 +130,4 @@ def correction_of(
                 batch_size,
                 progress=lambda done, total: progress.update(done - progress.n),
             ).save(path)
-    return load_correction(path).to(device)
+    return CorrectedDenoiser(denoiser, load_correction(path).to(device))

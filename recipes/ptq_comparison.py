@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from tqdm.auto import tqdm
 
-from tdq_plugin.output_correction import CorrectedDenoiser
-from tdq_plugin.recipes.correction import CORRECTED, correction_of
+from tdq_plugin.recipes.correction import CORRECTED, corrected
 from tdq_plugin.recipes.digits_evaluation import make_evaluator
 from tdq_plugin.recipes.evaluation import Evaluator
 from tdq_plugin.recipes.float_model import FloatModel, load_float_model
@@ -87,17 +86,15 @@ def measure(run: ComparisonRun, states: MethodStates) -> None:
     for name in run.config.correction.methods:
         row = name + CORRECTED
         if run.state.result(row, framework.execution) is None:
-            denoiser = run.deploy(states, name)
-            correction = correction_of(
-                denoiser,
+            denoiser = corrected(
+                run.deploy(states, name),
                 run.model,
                 run.evaluator.scheduler,
                 run.state.correction_path(name),
                 run.config.correction.images,
                 run.config.seed,
             )
-            corrected = CorrectedDenoiser(denoiser, correction)
-            _measure(run, row, framework.execution, corrected, only_sampler=True)
+            _measure(run, row, framework.execution, denoiser, only_sampler=True)
 
 
 def _measure(

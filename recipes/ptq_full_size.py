@@ -9,9 +9,8 @@ from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 
 from tdq_plugin.files import atomic_file
-from tdq_plugin.output_correction import CorrectedDenoiser
 from tdq_plugin.recipes.calibration import collect, observe
-from tdq_plugin.recipes.correction import correction_of, method_of
+from tdq_plugin.recipes.correction import corrected, method_of
 from tdq_plugin.recipes.float_model import FloatModel, load_float_model, set_attention_heads
 from tdq_plugin.recipes.frameworks import Framework, load_framework
 from tdq_plugin.recipes.image_data import Images, load_all_images
@@ -144,7 +143,7 @@ def _denoiser(run: FullSizePTQRun, states: MethodStates, row: str) -> Denoiser:
     if method == row:
         return denoiser
     with run.accelerator.main_process_first():
-        correction = correction_of(
+        return corrected(
             denoiser,
             run.model,
             run.sampler,
@@ -153,7 +152,6 @@ def _denoiser(run: FullSizePTQRun, states: MethodStates, row: str) -> Denoiser:
             run.config.seed,
             run.config.batch_size,
         )
-    return CorrectedDenoiser(denoiser, correction)
 
 
 def save_models(run: FullSizePTQRun, states: MethodStates, recipe: str) -> dict[str, SizeBytes]:

@@ -9,9 +9,8 @@ from tqdm.auto import tqdm
 import tdq_plugin as tdq
 from tdq_plugin.freeze import evaluate_table
 from tdq_plugin.observe import Observation
-from tdq_plugin.output_correction import CorrectedDenoiser
 from tdq_plugin.recipes import calibration
-from tdq_plugin.recipes.correction import correction_of, method_of
+from tdq_plugin.recipes.correction import corrected, method_of
 from tdq_plugin.recipes.digits_evaluation import make_evaluator
 from tdq_plugin.recipes.evaluation import Evaluator
 from tdq_plugin.recipes.float_model import FloatModel, load_float_model
@@ -163,7 +162,7 @@ def _denoiser(run: QATRun[ComparisonConfig], row: str, evaluator: Evaluator) -> 
         quantized = lower(quantized)
     if method == row:
         return quantized
-    correction = correction_of(
+    return corrected(
         quantized,
         run.model,
         evaluator.scheduler,
@@ -171,7 +170,6 @@ def _denoiser(run: QATRun[ComparisonConfig], row: str, evaluator: Evaluator) -> 
         run.config.correction.images,
         run.config.seed,
     )
-    return CorrectedDenoiser(quantized, correction)
 
 
 def trained(run: QATRun[ComparisonConfig], name: str, evaluator: Evaluator) -> fx.GraphModule:
