@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from tdq_plugin.errors import ConfigError
 
-__all__ = ["QuantizationGrid", "activation_grid", "weight_grid"]
+__all__ = ["QuantizationGrid", "activation_grid", "check_bits", "weight_grid"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class QuantizationGrid:
 
 def activation_grid(bits: int, symmetric: bool = False) -> QuantizationGrid:
     """The grid of an activation: unsigned with a zero point, or signed and symmetric."""
-    _check_bits(bits)
+    check_bits(bits)
     if symmetric:
         return QuantizationGrid(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, symmetric=True)
     return QuantizationGrid(0, 2**bits - 1)
@@ -58,6 +58,12 @@ def weight_grid(bits: int, symmetric: bool = True) -> QuantizationGrid:
     return replace(activation_grid(bits, symmetric=True), symmetric=symmetric)
 
 
-def _check_bits(bits: int) -> None:
-    if not 2 <= bits <= 8:
-        raise ConfigError(f"{bits} bits are not supported. Choose 2 to 8.")
+def check_bits(*numbers: int | None) -> None:
+    """See that all numbers of bits are supported; None stands for no choice.
+
+    Raises:
+        ConfigError: One is not 2 to 8.
+    """
+    for bits in numbers:
+        if bits is not None and not 2 <= bits <= 8:
+            raise ConfigError(f"{bits} bits are not supported. Choose 2 to 8.")

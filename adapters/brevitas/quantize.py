@@ -8,7 +8,7 @@ from torch import nn
 
 from tdq_plugin.adapters.brevitas.layer_map import LayerMap, tdq_layer_map
 from tdq_plugin.errors import AdapterError
-from tdq_plugin.grid import activation_grid
+from tdq_plugin.grid import check_bits
 from tdq_plugin.layer_names import TIMESTEP_LAYERS, layers_to_quantize
 
 __all__ = ["quantize_layerwise", "timestep_path_names"]
@@ -59,8 +59,7 @@ def quantize_layerwise(
         >>> type(quantize_layerwise(Denoiser()).layer).__name__
         'QuantLinear'
     """
-    for bits in (activation_bits, weight_bits, 8 if first_last_bits is None else first_last_bits):
-        activation_grid(bits)
+    check_bits(activation_bits, weight_bits, first_last_bits)
     inner = tdq_layer_map(weight_bits, activation_bits, symmetric_activations, **options)
     layers = _layers(model, inner)
     chosen = layers_to_quantize(layers, float_layers, timestep_layers)

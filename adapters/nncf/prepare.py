@@ -13,7 +13,7 @@ from tdq_plugin.adapters.nncf.placement import Site, find_sites, layers
 from tdq_plugin.adapters.nncf.quantizer import TDQQuantizer
 from tdq_plugin.adapters.nncf.weights import weight_quantizer
 from tdq_plugin.errors import AdapterError, TimestepError
-from tdq_plugin.grid import activation_grid
+from tdq_plugin.grid import check_bits
 from tdq_plugin.timestep import find_timestep_argument
 
 __all__ = ["prepare"]
@@ -54,8 +54,7 @@ def prepare(
         ConfigError: Bits are not 2 to 8.
         TimestepError: The model has no timestep argument, or the example gives no tensor for it.
     """
-    for bits in (activation_bits, weight_bits, 8 if first_last_bits is None else first_last_bits):
-        activation_grid(bits)
+    check_bits(activation_bits, weight_bits, first_last_bits)
     sites = _sites(model, example_inputs, timestep_argument)
     names = layers(sites)
     outer = {*names[:1], *names[-1:]} if first_last_bits is not None else set()
