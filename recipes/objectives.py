@@ -17,6 +17,7 @@ from tdq_plugin.reconstruct import CalibrationSet
 
 __all__ = [
     "Batch",
+    "BatchMemory",
     "Drawn",
     "FloatTrajectories",
     "Inputs",
@@ -118,6 +119,29 @@ class FloatTrajectories:
         return Drawn(self.points.samples[index], self.points.timesteps[index], None)
 
 
+class BatchMemory:
+    """Keeps the first batches for the methods that are trained on the same ones later.
+
+    Their targets are a forward pass of the float model, a sixth of a training step.
+
+    Args:
+        byte_budget: Batches beyond it are made anew each time.
+    """
+
+    def __init__(self, byte_budget: int = 2**28) -> None:
+        self._batches: dict[int, Batch] = {}
+        self._bytes_left = byte_budget
+
+    def get(self, step: int, make: Callable[[], Batch]) -> Batch:
+        """The batch of a step, from `make` if it is not kept."""
+        batch = self._batches.get(step) or make()
+        size = sum(tensor.nbytes for tensor in batch)
+        if step not in self._batches and size <= self._bytes_left:
+            self._batches[step] = batch
+            self._bytes_left -= size
+        return batch
+
+
 @dataclass(frozen=True)
 class Objective:
     """The loss of the quantized model.
@@ -128,16 +152,24 @@ class Objective:
             loss of DDPM (Ho et al., arXiv 2006.11239, eq. 14).
         weighting: From timesteps `(B,)` to weights of the samples' losses `(B,)`; by default 1.
         absolute: Mean absolute instead of squared error, as LDM trains.
+        memory: Where batches are kept, if several methods are trained on them; each of their
+            processes then computes the same part of a batch on the same device every time.
     """
 
     inputs: Inputs
     teacher: Denoiser | None = None
     weighting: Callable[[Tensor], Tensor] | None = None
     absolute: bool = False
+    memory: BatchMemory | None = None
 
-    @torch.no_grad()
     def batch(self, step: int, part: slice, device: torch.device | str = "cpu") -> Batch:
         """One process's part of the batch of a step."""
+        if self.memory is None:
+            return self._make(step, part, device)
+        return self.memory.get(step, lambda: self._make(step, part, device))
+
+    @torch.no_grad()
+    def _make(self, step: int, part: slice, device: torch.device | str) -> Batch:
         drawn = self.inputs.draw(step, part)
         samples, timesteps = drawn.samples.to(device), drawn.timesteps.to(device)
         if self.teacher is not None:

@@ -1,5 +1,6 @@
 """Stages of the QAT recipes that compare methods: calibrate once, train each, measure each."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from tdq_plugin.recipes.digits_evaluation import make_evaluator
 from tdq_plugin.recipes.evaluation import Evaluator
 from tdq_plugin.recipes.float_model import FloatModel, load_float_model
 from tdq_plugin.recipes.image_data import load_images
-from tdq_plugin.recipes.objectives import Objective
+from tdq_plugin.recipes.objectives import BatchMemory, Objective
 from tdq_plugin.recipes.plan import Plan, training_memory
 from tdq_plugin.recipes.qat_config import ComparisonConfig
 from tdq_plugin.recipes.qat_methods import METHODS, apply_method, calibrate_bank
@@ -81,9 +82,10 @@ def objective_of(config: ComparisonConfig, model: FloatModel, points: Calibratio
     """The loss that every method is trained with."""
     images, _ = load_images(config.data, model.image_shape)
     data_free = config.objective == "data_free_distillation"
-    return make_objective(
+    objective = make_objective(
         config, model, images, points if data_free else None, config.seed, config.data.flip
     )
+    return replace(objective, memory=BatchMemory()) if len(config.methods) > 1 else objective
 
 
 def train_method(

@@ -42,18 +42,18 @@ def study(
         ) from None
     quick = f"-{samples}samples" if samples else ""
     folder = output or Path("runs") / f"study-{Path(name).stem}{quick}"
-    chosen = Study(name, folder, samples)
+    chosen = Study(name, folder, samples, results)
     if list_parts:
         for line in chosen.overview(jobs):
             typer.echo("{:12} {}. Finished: {} runs; the others take {}.".format(*line))
         return
     require_writable("--output", folder)
-    require_writable("--results", results or folder)
+    require_writable("--results", chosen.results)
     if report:
-        typer.echo(f"The report is in {chosen.report(results or folder)}")
+        typer.echo(f"The report is in {chosen.report()}")
     else:
         parts = part or list(chosen.definition.parts)
-        failures = chosen.run(parts, jobs, results or folder, typer.echo)
+        failures = chosen.run(parts, jobs, typer.echo)
         if failures:
             raise ConfigError(
                 f"Runs failed: {', '.join(failures)}. Their logs are in {folder}/logs."

@@ -1,6 +1,7 @@
 """List the parts of a study, do what is missing, and write the report."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,27 +13,36 @@ from tdq_plugin.studies.execution import (
     plan_run,
     run_in_a_process,
 )
+from tdq_plugin.studies.records import load_record, save_record
 from tdq_plugin.studies.report import PartResults, write_study
-from tdq_plugin.studies.results import load_run
+from tdq_plugin.studies.results import FinishedRun
+from tdq_plugin.studies.run_folder import load_run
 
 __all__ = ["Study"]
 
 
 class Study:
-    """A study and the folder of its runs.
+    """A study, the folder of its runs and that of its report.
+
+    Beside the report, in `NAME-runs`, there is a record of every finished run. A run that has one
+    is not done again, but for those that read its folder.
 
     Args:
         name: A study's name or the path of its YAML file.
         output: Folder of the runs.
         samples: Replaces the number of images per row, for a quick pass.
+        results: Folder of the report, by default that of the runs.
 
     Raises:
-        ConfigError: The study or the settings of one of its runs are not valid, or `output` holds
-            runs with other settings.
+        ConfigError: The study or the settings of one of its runs are not valid, or `output` or
+            `results` hold runs with other settings.
     """
 
-    def __init__(self, name: str, output: Path, samples: int | None = None) -> None:
+    def __init__(
+        self, name: str, output: Path, samples: int | None = None, results: Path | None = None
+    ) -> None:
         self.name, self.output = Path(name).stem, output
+        self.results = results or output
         self.definition: StudyDefinition = load_study(name, samples)
         for part in self.definition.parts:
             self.planned(part)
@@ -44,7 +54,10 @@ class Study:
             ConfigError: There is no such part.
         """
         specs = self.definition.runs(part, self.output)
-        return [plan_run(self.definition, spec) for spec in specs]
+        records = self.results / f"{self.name}-runs"
+        runs = [plan_run(self.definition, spec, records) for spec in specs]
+        needed = {name for run in runs if not run.finished for name in run.spec.needs}
+        return [replace(run, finished=run.here) if run.spec.name in needed else run for run in runs]
 
     def overview(self, jobs: int) -> list[tuple[str, str, str, str]]:
         """For each part its name, its title, finished runs, and the time that the others take."""
@@ -57,15 +70,12 @@ class Study:
             lines.append((name, part.title, finished, _time(missing, jobs)))
         return lines
 
-    def run(
-        self, parts: Sequence[str], jobs: int, results: Path, say: Callable[[str], None]
-    ) -> dict[str, str]:
+    def run(self, parts: Sequence[str], jobs: int, say: Callable[[str], None]) -> dict[str, str]:
         """Do parts, and write the report after each.
 
         Args:
             parts: Their names.
             jobs: Runs at a time, one process and one thread each.
-            results: Folder of the report.
             say: Told of the progress.
 
         Returns:
@@ -86,18 +96,28 @@ class Study:
             )
             do = partial(run_in_a_process, logs=self.output / "logs")
             failures |= execute(missing, jobs, say, do)
-            say(f"The report is in {self.report(results)}")
+            say(f"The report is in {self.report()}")
         return failures
 
-    def report(self, results: Path) -> Path:
-        """Write the report of everything that is finished; return the Markdown file."""
-        found = {}
+    def report(self) -> Path:
+        """Write records and the report of everything that is finished; return the Markdown file."""
+        found, loaded = {}, dict[str, FinishedRun]()
         for name, part in self.definition.parts.items():
             runs = self.planned(name)
-            finished = [load_run(run.folder) for run in runs if run.finished]
-            missing = [run.spec.name for run in runs if not run.finished]
-            found[name] = PartResults(part, finished, missing)
-        return write_study(results, self.name, self.definition, found)
+            finished = [run for run in runs if run.here or run.record.exists()]
+            for run in finished:
+                if run.spec.name not in loaded:
+                    loaded[run.spec.name] = _load(run)
+            missing = [run.spec.name for run in runs if run not in finished]
+            found[name] = PartResults(part, [loaded[run.spec.name] for run in finished], missing)
+        return write_study(self.results, self.name, self.definition, found)
+
+
+def _load(run: PlannedRun) -> FinishedRun:
+    if run.here:
+        save_record(run.record, load_run(run.folder))
+    # From the record even here, so that the report is the same on every machine.
+    return load_record(run.record)
 
 
 def _time(runs: Sequence[PlannedRun], jobs: int) -> str:

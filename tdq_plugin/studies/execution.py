@@ -12,27 +12,45 @@ from typing import Any
 
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes import find_recipe
-from tdq_plugin.recipes.run_state import check_same_settings
+from tdq_plugin.recipes.run_state import check_same_settings, differences
 from tdq_plugin.studies.definition import Cost, RunSpec, StudyDefinition
+from tdq_plugin.studies.records import load_record, portable
 
 __all__ = ["PlannedRun", "duration", "execute", "plan_run", "run_in_a_process"]
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run, its folder, the seconds it is expected to take, and whether it is there already."""
+    """A run of a study.
+
+    Attributes:
+        spec: What it is.
+        folder: Where it runs.
+        record: What is kept of it once it is finished, here or on another machine.
+        seconds: That it is expected to take.
+        here: Whether its folder is there and finished.
+        finished: Whether it needs not be done any more.
+    """
 
     spec: RunSpec
     folder: Path
+    record: Path
     seconds: float
+    here: bool
     finished: bool
 
 
-def plan_run(definition: StudyDefinition, spec: RunSpec) -> PlannedRun:
+def plan_run(definition: StudyDefinition, spec: RunSpec, records: Path) -> PlannedRun:
     """Check a run's settings and see whether it is finished.
 
+    Args:
+        definition: The study.
+        spec: The run.
+        records: Folder with the records of finished runs.
+
     Raises:
-        ConfigError: The recipe does not take the settings, or the folder holds another run.
+        ConfigError: The recipe does not take the settings, or its folder or its record are those of
+            another run.
     """
     try:
         config = find_recipe(spec.recipe).configure(spec.overrides)
@@ -44,7 +62,10 @@ def plan_run(definition: StudyDefinition, spec: RunSpec) -> PlannedRun:
         remedy = "Remove the folder, or choose another --output."
         check_same_settings(path, config.model_dump(mode="json"), remedy)
     seconds = _expected_seconds(definition.costs[spec.recipe], config)
-    return PlannedRun(spec, folder, seconds, (folder / "report.json").exists())
+    record, here = records / f"{spec.name}.safetensors", (folder / "report.json").exists()
+    if record.exists() and not here:
+        _check_record(record, portable(config.model_dump(mode="json")))
+    return PlannedRun(spec, folder, record, seconds, here, here or record.exists())
 
 
 def execute(
@@ -91,6 +112,15 @@ def duration(seconds: float) -> str:
     """
     minutes = max(1, round(seconds / 60))
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
+def _check_record(path: Path, wanted: dict[str, Any]) -> None:
+    shown = differences(dict(load_record(path).config), wanted)
+    if shown:
+        raise ConfigError(
+            f"{path} is of a run with other settings: {shown}. Remove the file, or choose another "
+            "--results."
+        )
 
 
 class _Progress:

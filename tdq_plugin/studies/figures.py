@@ -1,6 +1,7 @@
 """The figures that a part of a study can ask for, by name."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -14,12 +15,12 @@ from tdq_plugin.studies.drawings import (
     range_bands,
     scale_histories,
 )
-from tdq_plugin.studies.results import FinishedRun, Group, Method
+from tdq_plugin.studies.results import FinishedRun, Group, Method, row_name
 from tdq_plugin.study.figures import error_over_timesteps, sample_grid
-from tdq_plugin.table import load_table
 
 __all__ = ["FIGURES", "FigureMaker"]
 
+Kept = TypeVar("Kept")
 FigureMaker = Callable[[Sequence[Group], Sequence[FinishedRun]], list[Picture]]
 LAYERS = 6
 
@@ -39,34 +40,32 @@ def distances(groups: Sequence[Group], runs: Sequence[FinishedRun]) -> list[Pict
 
 
 def errors(groups: Sequence[Group], runs: Sequence[FinishedRun]) -> list[Picture]:
-    """Error along the float model's trajectory, of the first draw of each method."""
+    """Error along the float model's trajectory, of one draw of each method."""
     pictures = []
     for group in groups:
-        curves = {}
-        for name, method in _quantized(group).items():
-            run, row = _first(method)
-            curves[name] = run.curve(row)
-        pictures.append(
-            Picture(
-                f"errors-{group.name}",
-                f"Error along the sampler's way, {group.name}",
-                error_over_timesteps(curves),
-                "Mean squared error of the predicted noise at each timestep of the float model's "
-                "trajectory, of the first draw. Sampling runs from right to left.",
+        curves = _kept(group, lambda run: run.curves)
+        if curves:
+            pictures.append(
+                Picture(
+                    f"errors-{group.name}",
+                    f"Error along the sampler's way, {group.name}",
+                    error_over_timesteps(curves),
+                    "Mean squared error of the predicted noise at each timestep of the float "
+                    "model's trajectory, of one draw. Sampling runs from right to left.",
+                )
             )
-        )
     return pictures
 
 
 def samples(groups: Sequence[Group], runs: Sequence[FinishedRun]) -> list[Picture]:
     """Images of the last group's methods, from the same noise."""
-    group = groups[-1]
-    images = {"float32": group.runs[0].float_images()}
-    for name, method in _quantized(group).items():
-        run, row = _first(method)
-        images[name] = run.images(row)
-    caption = "Every column starts from the same noise. Not chosen: the first sixteen."
-    return [Picture("samples", f"Samples, {group.name}", sample_grid(images, 16), caption)]
+    kept = _kept(groups[-1], lambda run: run.images)
+    if not kept:
+        return []
+    float32 = next(run.images[run.FLOAT] for run in groups[-1].runs if run.images)
+    png = sample_grid({"float32": float32, **kept}, len(float32))
+    caption = f"Every column starts from the same noise. Not chosen: the first {len(float32)}."
+    return [Picture("samples", f"Samples, {groups[-1].name}", png, caption)]
 
 
 def ranges(groups: Sequence[Group], runs: Sequence[FinishedRun]) -> list[Picture]:
@@ -137,22 +136,20 @@ def steps(groups: Sequence[Group], runs: Sequence[FinishedRun]) -> list[Picture]
 
 def training(groups: Sequence[Group], runs: Sequence[FinishedRun]) -> list[Picture]:
     """The scale functions at several moments of the training."""
-    folder = next(path for run in runs for path in [run.folder / "scales" / "tdq"] if path.exists())
-    tables = {int(path.stem): load_table(path) for path in folder.glob("*.safetensors")}
-    last = tables[max(tables)]
-    movement = last.scales.amax(dim=0) / last.scales.amin(dim=0)
-    shown = [last.names[index] for index in movement.argsort(descending=True)[:LAYERS].tolist()]
-    histories = {
-        step: {name: table.scales[:, table.names.index(name)].tolist() for name in shown}
-        for step, table in tables.items()
+    history = next((run.scales for run in runs if run.scales is not None), None)
+    if history is None:
+        return []
+    by_step = {
+        step: dict(zip(history.layers, scales.T.tolist(), strict=True))
+        for step, scales in history.scales.items()
     }
     return [
         Picture(
             "training",
             "Scales over time during training",
-            scale_histories(last.timesteps.tolist(), histories, shown),
-            f"The {len(shown)} layers whose learned scale moves most over t. After 0 steps, the "
-            "generators follow the ranges that calibration saw.",
+            scale_histories(history.timesteps.tolist(), by_step, history.layers),
+            f"The {len(history.layers)} layers whose learned scale moves most over t. After 0 "
+            "steps, the generators follow the ranges that calibration saw.",
         )
     ]
 
@@ -181,9 +178,14 @@ def _labelled(methods: Sequence[Method]) -> dict[str, Method]:
     return labelled
 
 
-def _first(method: Method) -> tuple[FinishedRun, dict[str, object]]:
-    run, row = method.draws[min(method.draws)]
-    return run, dict(row)
+def _kept(group: Group, of: Callable[[FinishedRun], Mapping[str, Kept]]) -> dict[str, Kept]:
+    """What the first draw of each method has of something, if a draw has kept it."""
+    found: dict[str, Kept] = {}
+    for title, method in _quantized(group).items():
+        for run, row in method.draws.values():
+            if row_name(row) in of(run):
+                found.setdefault(title, of(run)[row_name(row)])
+    return found
 
 
 def _with_layers(runs: Sequence[FinishedRun]) -> FinishedRun:

@@ -133,9 +133,7 @@ def _measurement(results: Mapping[str, PartResults]) -> list[Block]:
 
 
 def _commands(results: Mapping[str, PartResults]) -> Table:
-    commands = {
-        run.folder.name: run.report["command"] for found in results.values() for run in found.runs
-    }
+    commands = {run.name: run.report["command"] for found in results.values() for run in found.runs}
     return Table(["Run", "Command"], [[name, f"`{text}`"] for name, text in commands.items()])
 
 

@@ -1,52 +1,67 @@
 """What the finished runs of a study have left."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from tdq_plugin.errors import ConfigError
-from tdq_plugin.recipes.digits_evaluation import EvaluationSection, float_images
-from tdq_plugin.recipes.float_model import load_float_model
 from tdq_plugin.studies.definition import Part
 from tdq_plugin.study.schema import METRICS
 
-__all__ = ["FinishedRun", "Group", "Method", "groups_of", "load_run"]
+__all__ = ["Curve", "FinishedRun", "Group", "Method", "ScaleHistory", "groups_of", "row_name"]
+
+
+class Curve(NamedTuple):
+    """Timesteps of the sampler, and a row's error at each of them."""
+
+    timesteps: list[float]
+    errors: list[float]
+
+
+class ScaleHistory(NamedTuple):
+    """Scales during the training.
+
+    Attributes:
+        layers: Names of K quantizers.
+        timesteps: Shape `(T,)`.
+        scales: By training step, shape `(T, K)`.
+    """
+
+    layers: list[str]
+    timesteps: Tensor
+    scales: dict[int, Tensor]
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run's folder, its configuration and its `report.json`."""
+    """What reports need of a run; curves, images and scales as far as they were kept.
 
-    folder: Path
+    Attributes:
+        name: Its name in the study.
+        config: Its configuration.
+        report: Its `report.json`.
+        curves: By `row_name`.
+        images: The first images by `row_name`, in [-1, 1], shape `(N, C, H, W)`; all from the same
+            noise, the float model's as `FLOAT`.
+        scales: Those of TDQ.
+    """
+
+    FLOAT: ClassVar[str] = "float32"
+
+    name: str
     config: Mapping[str, Any]
     report: Mapping[str, Any]
+    curves: Mapping[str, Curve]
+    images: Mapping[str, Tensor]
+    scales: ScaleHistory | None
 
-    def curve(self, row: Mapping[str, Any]) -> tuple[list[float], list[float]]:
-        """Timesteps of the sampler, and a row's error at each of them."""
-        stored = json.loads(self._stored(row).with_suffix(".json").read_text())
-        return stored["timesteps"], stored["errors"]
 
-    def images(self, row: Mapping[str, Any]) -> Tensor:
-        """Images of a row, shape `(N, C, H, W)`."""
-        return load_file(self._stored(row).with_suffix(".safetensors"))["images"]
-
-    def float_images(self) -> Tensor:
-        """The float model's images from the same noise; drawn again if they were not kept."""
-        evaluation = EvaluationSection(**self.config["evaluation"])
-        folder, cache = Path(self.config["model"]), self.folder.parent / "float-images"
-        model = load_float_model(folder)
-        images = float_images(evaluation, self.config["steps"], model, folder, cache)
-        return images[: evaluation.samples]
-
-    def _stored(self, row: Mapping[str, Any]) -> Path:
-        # The suffix is a dummy: `.int8` alone would be replaced.
-        return self.folder / "rows" / f"{row['key']}.{row['execution']}.any"
+def row_name(row: Mapping[str, Any]) -> str:
+    """Name of a report's row in its run."""
+    return f"{row.get('key', row['method'])}.{row['execution']}"
 
 
 @dataclass(frozen=True)
@@ -84,7 +99,7 @@ class Group:
                 other, _ = found.setdefault(run.config["seed"], (run, row))
                 if other is not run and row["execution"] != "float32":
                     raise ConfigError(
-                        f"{run.folder.name} and {other.folder.name} both have {row['method']!r} "
+                        f"{run.name} and {other.name} both have {row['method']!r} "
                         f"with seed {run.config['seed']}. Set group_by to what differs in them."
                     )
         return tuple(Method(*key, found) for key, found in draws.items())
@@ -98,14 +113,6 @@ class Group:
     def measured(self) -> list[str]:
         """The metrics that some row has."""
         return [metric for metric in METRICS if any(m.values(metric) for m in self.methods)]
-
-
-def load_run(folder: Path) -> FinishedRun:
-    """Read a finished run."""
-    config, report = (
-        json.loads((folder / name).read_text()) for name in ("config.json", "report.json")
-    )
-    return FinishedRun(folder, config, report)
 
 
 def groups_of(part: Part, runs: Iterable[FinishedRun]) -> list[Group]:
@@ -125,6 +132,6 @@ def _group_name(part: Part, run: FinishedRun) -> str:
     value: Any = run.config
     for key in part.group_by.split(".") if part.group_by else ():
         if key not in value:
-            raise ConfigError(f"group_by = {part.group_by!r} is no setting of {run.folder.name}.")
+            raise ConfigError(f"group_by = {part.group_by!r} is no setting of {run.name}.")
         value = value[key]
     return str(value) if part.group_by else ""

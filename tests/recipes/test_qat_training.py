@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tdq_plugin.recipes.best_checkpoints import BestCheckpoints
 from tdq_plugin.recipes.bits import Bits
 from tdq_plugin.recipes.float_model import FloatModel, load_float_model
 from tdq_plugin.recipes.objectives import (
+    BatchMemory,
     Drawn,
     FloatTrajectories,
     NoisedImages,
@@ -135,6 +137,26 @@ def test_targets(float_model: FloatModel, inputs: NoisedImages) -> None:
     data_free = Objective(FloatTrajectories(points, 4, seed=0), teacher).batch(0, slice(1, 3))
     assert torch.equal(data_free.samples, IMAGES[data_free.timesteps.long()])
     assert len(data_free.samples) == 2
+
+
+def test_methods_after_the_first_get_the_same_batches_for_nothing(inputs: NoisedImages) -> None:
+    calls = 0
+
+    def teacher(samples: Tensor, timesteps: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return samples + 1
+
+    plain = Objective(inputs, teacher)
+    batches = [plain.batch(step, slice(None)) for step in range(3)]
+    calls, size = 0, sum(tensor.nbytes for tensor in batches[0])
+    remembering = replace(plain, memory=BatchMemory(byte_budget=2 * size))
+    for _ in range(2):
+        for step, expected in enumerate(batches):
+            batch = remembering.batch(step, slice(None))
+            assert all(map(torch.equal, batch, expected))
+    # The third does not fit and is computed twice.
+    assert calls == 4
 
 
 def test_losses(float_model: FloatModel, inputs: NoisedImages) -> None:

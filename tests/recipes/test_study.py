@@ -154,6 +154,47 @@ def test_only_the_report(study_file: Path, runs: Path, tmp_path: Path) -> None:
     assert (code, out.replace("\n", "")) == (0, f"The report is in {tmp_path / 'tiny.md'}")
 
 
+def test_what_is_recorded_elsewhere_is_not_done_again(
+    study_file: Path, runs: Path, tmp_path: Path
+) -> None:
+    results, elsewhere = tmp_path / "results", tmp_path / "elsewhere"
+    tdq_study(study_file, runs, "--report", "--results", str(results))
+    written = {path.name: path.read_bytes() for path in files(results)}
+    code, out, _ = tdq_study(study_file, elsewhere, "--results", str(results))
+    assert code == 0
+    assert "good: Good. 0 of 2 runs to do, about no time" in out
+    assert {path.name: path.read_bytes() for path in files(results)} == written
+    assert {"good-0.safetensors", "good-1.safetensors", "tiny.md", "tiny.json"} <= written.keys()
+    assert not any(path.is_dir() for path in elsewhere.glob("good-*"))
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_a_run_that_another_reads_is_done_where_that_one_runs(
+    study_file: Path, runs: Path, tmp_path: Path
+) -> None:
+    content = yaml.safe_load(study_file.read_text())
+    again = {"methods": ["tdq"], "seed": 0, "steps": 2, "trained": "{runs}/good-0"}
+    again = {"recipe": "ddim-digits-qat", "name": "again", "settings": again, "needs": ["good-0"]}
+    content["parts"]["good"]["runs"].append(again)
+    needing = tmp_path / "tiny.yaml"
+    needing.write_text(yaml.safe_dump(content, sort_keys=False))
+    tdq_study(study_file, runs, "--report", "--results", str(tmp_path))
+    here = Study(str(needing), runs, results=tmp_path).planned("good")
+    assert [run.finished for run in here] == [True, True, False]
+    elsewhere = Study(str(needing), tmp_path / "elsewhere", results=tmp_path).planned("good")
+    assert [run.finished for run in elsewhere] == [False, True, False]
+
+
+def test_records_belong_to_one_study(study_file: Path, runs: Path, tmp_path: Path) -> None:
+    tdq_study(study_file, runs, "--report", "--results", str(tmp_path))
+    message = r"is of a run with other settings: evaluation\.samples=100, not 200. .*--results"
+    with pytest.raises(ConfigError, match=message):
+        Study(str(study_file), tmp_path / "elsewhere", samples=200, results=tmp_path)
+
+
 def test_a_folder_belongs_to_one_study(study_file: Path, runs: Path) -> None:
     message = r"holds a run with other settings: evaluation\.samples=100, not 200. .*--output"
     with pytest.raises(ConfigError, match=message):

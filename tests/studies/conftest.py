@@ -11,7 +11,8 @@ from diffusers import DDIMPipeline, DDIMScheduler
 from diffusers_models import one_level_unet
 from safetensors.torch import save_file
 
-from tdq_plugin.studies.results import FinishedRun, load_run
+from tdq_plugin.studies.results import FinishedRun
+from tdq_plugin.studies.run_folder import load_run
 
 
 def row(

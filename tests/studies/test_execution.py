@@ -16,7 +16,7 @@ from tdq_plugin.studies.worker import STUDY_GONE
 
 def planned(name: str, needs: tuple[str, ...] = (), finished: bool = False) -> PlannedRun:
     spec = RunSpec(recipe="any", name=name, settings={}, needs=list(needs))
-    return PlannedRun(spec, Path(name), 60.0, finished)
+    return PlannedRun(spec, Path(name), Path("record"), 60.0, finished, finished)
 
 
 @pytest.mark.parametrize("jobs", [1, 2, 4])
@@ -55,10 +55,10 @@ def test_the_failure_of_a_process_is_the_last_line_of_its_log(tmp_path: Path) ->
     assert failure.endswith(f"(see {tmp_path / 'logs' / 'a.log'})")
 
 
-def test_a_mistake_in_the_settings_names_the_run() -> None:
+def test_a_mistake_in_the_settings_names_the_run(tmp_path: Path) -> None:
     spec = RunSpec(recipe="ddim-digits-qat", name="a", settings={"steps": 1}, needs=[])
     with pytest.raises(ConfigError, match=r"^Run 'a': steps = 1: Input should be greater than or"):
-        plan_run(load_study("digits"), spec)
+        plan_run(load_study("digits"), spec, tmp_path)
 
 
 def test_a_worker_ends_with_the_study_that_started_it() -> None:

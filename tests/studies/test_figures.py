@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,8 @@ from tdq_plugin.recipes.float_model import load_float_model
 from tdq_plugin.recipes.sampling import sample, scheduler_with
 from tdq_plugin.studies.definition import Part
 from tdq_plugin.studies.figures import FIGURES
-from tdq_plugin.studies.results import FinishedRun, Group, groups_of, load_run
+from tdq_plugin.studies.results import FinishedRun, Group, groups_of
+from tdq_plugin.studies.run_folder import load_run
 from tdq_plugin.study import temporal_dynamics
 from tdq_plugin.table import ScaleTable
 
@@ -53,14 +55,18 @@ def test_ranges_and_their_correlation(tmp_path: Path) -> None:
     assert "is 2.50 in the median layer" in correlations.caption
 
 
-def test_the_scales_during_training_come_from_the_run(make_run: Callable[..., FinishedRun]) -> None:
+def test_the_scales_during_training_come_from_the_run(
+    make_run: Callable[..., FinishedRun], tmp_path: Path
+) -> None:
     run = make_run("trained", "W4A4", 0, {"TDQ": ("tdq", "fake", 0.1, 0.2)})
+    assert FIGURES["training"]([], [run]) == []
+    folder = tmp_path / "runs" / "trained"
     grids = {"a": activation_grid(4), "b": activation_grid(4)}
     for step in (0, 10):
         scales = torch.tensor([[0.1, 0.1], [0.1 + step, 0.1]])
         table = ScaleTable(grids, torch.tensor([0.0, 500.0]), scales, torch.zeros(1, 2))
-        table.save(run.folder / "scales" / "tdq" / f"{step}.safetensors")
-    (picture,) = FIGURES["training"]([], [run])
+        table.save(folder / "scales" / "tdq" / f"{step}.safetensors")
+    (picture,) = FIGURES["training"]([], [load_run(folder)])
     assert picture.png.startswith(PNG)
     assert "The 2 layers" in picture.caption
 
@@ -69,8 +75,7 @@ def test_quality_over_the_number_of_steps(make_run: Callable[..., FinishedRun]) 
     runs = []
     for steps in (100, 10):
         run = make_run(f"{steps}", "W4A4", 0, {"TDQ": ("tdq", "fake", 0.1, 0.2)})
-        (run.folder / "config.json").write_text(json.dumps({**run.config, "steps": steps}))
-        runs.append(load_run(run.folder))
+        runs.append(replace(run, config={**run.config, "steps": steps}))
     values = {"title": "x", "question": "x", "paper": "x", "group_by": "steps"}
     part = Part.model_validate({**values, "runs": [{"recipe": "any", "name": "any"}]})
     groups = groups_of(part, runs)
@@ -87,6 +92,17 @@ def test_images_of_the_float_model_come_first(
     model = load_float_model(pipeline)
     noise = torch.randn(16, 1, 16, 16, generator=torch.Generator().manual_seed(9))
     expected = sample(model.denoise, scheduler_with(model.scheduler, 2), noise)
-    torch.testing.assert_close(run.float_images()[:16], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(run.images[run.FLOAT], expected, rtol=1e-4, atol=1e-4)
     (picture,) = FIGURES["samples"]([Group("W4A4", (run,))], [run])
     assert picture.png.startswith(PNG)
+
+
+def test_what_no_run_has_kept_is_not_drawn(make_run: Callable[..., FinishedRun]) -> None:
+    methods = {"TDQ": ("tdq", "int8", 0.1, 0.2)}
+    first, second = (make_run(f"{seed}", "W4A4", seed, methods) for seed in (0, 1))
+    first = replace(first, curves={}, images={})
+    assert FIGURES["errors"]([Group("W4A4", (first,))], [first]) == []
+    assert FIGURES["samples"]([Group("W4A4", (first,))], [first]) == []
+    both = [Group("W4A4", (first, second))]
+    assert len(FIGURES["errors"](both, [first, second])) == 1
+    assert len(FIGURES["samples"](both, [first, second])) == 1

@@ -1,0 +1,70 @@
+"""What is kept of a finished run, and reports that are made from nothing else."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tdq_plugin.errors import ConfigError
+from tdq_plugin.studies.records import RECIPES, load_record, portable, save_record
+from tdq_plugin.studies.results import FinishedRun, ScaleHistory
+
+METHODS = {"TDQ": ("tdq", "int8", 0.25, 0.5), "dynamic": ("dynamic", "fake", 0.75, 1.0)}
+
+
+def test_a_record_has_all_that_reports_show(
+    make_run: Callable[..., FinishedRun], tmp_path: Path
+) -> None:
+    scales = {0: torch.rand(3, 2), 400: torch.rand(3, 2)}
+    history = ScaleHistory(["a", "b"], torch.tensor([0.0, 8.0, 16.0]), scales)
+    run = replace(make_run("one", "W4A4", 3, METHODS), scales=history)
+    save_record(tmp_path / "one.safetensors", run)
+    record = load_record(tmp_path / "one.safetensors")
+    assert record.name == "one"
+    assert (record.config, record.report) == (portable(run.config), run.report)
+    assert record.curves == run.curves
+    assert record.images.keys() == {"float32", "tdq.int8", "dynamic.fake"}
+    for name, images in record.images.items():
+        torch.testing.assert_close(images, run.images[name], rtol=0, atol=0.5 / 127.5 + 1e-6)
+    assert record.scales is not None
+    assert record.scales.layers == history.layers
+    assert list(record.scales.scales) == [0, 400]
+    assert torch.equal(record.scales.scales[400], scales[400])
+
+
+def test_a_run_that_has_kept_nothing_but_numbers(
+    make_run: Callable[..., FinishedRun], tmp_path: Path
+) -> None:
+    run = replace(make_run("one", "W4A4", 3, METHODS), curves={}, images={})
+    save_record(tmp_path / "one.safetensors", run)
+    record = load_record(tmp_path / "one.safetensors")
+    assert (record.report, record.curves, record.images) == (run.report, {}, {})
+    assert record.scales is None
+
+
+def test_a_configuration_keeps_no_path_of_this_machine() -> None:
+    config = {
+        "model": str(RECIPES / "assets" / "ddim-digits"),
+        "output": "/data/runs",
+        "trained": "/data/runs/first",
+        "name": "/data/runs-of-mine",
+    }
+    assert portable(config) == {
+        "model": "{recipes}/assets/ddim-digits",
+        "trained": "{runs}/first",
+        "name": "/data/runs-of-mine",
+    }
+
+
+@pytest.mark.parametrize("content", [b"", b"no safetensors", None])
+def test_a_file_that_is_no_record(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "one.safetensors"
+    if content is None:
+        save_file({"x": torch.zeros(1)}, path, {"format": "tdq-scale-table", "version": "1"})
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"one\.safetensors is no record of a run .* Remove it"):
+        load_record(path)
