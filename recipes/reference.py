@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -13,7 +14,7 @@ __all__ = ["cached_images"]
 
 
 def cached_images(folder: Path, key: str, model: Path, draw: Callable[[], Tensor]) -> Tensor:
-    """Load images, or draw and keep them.
+    """Load images, or draw and keep them; if another process is drawing them, wait for it.
 
     Args:
         folder: Where to keep them.
@@ -28,9 +29,12 @@ def cached_images(folder: Path, key: str, model: Path, draw: Callable[[], Tensor
     for file in sorted(file for file in model.rglob("*") if file.is_file()):
         digest.update(file.read_bytes())
     path = folder / f"{digest.hexdigest()[:16]}.safetensors"
-    if path.exists():
-        return load_file(path)["images"]
-    images = draw()
-    with atomic_file(path) as temporary:
-        save_file({"images": images.contiguous()}, temporary)
+    folder.mkdir(parents=True, exist_ok=True)
+    # The lock of a process that was killed is free again.
+    with FileLock(path.with_suffix(".lock")):
+        if path.exists():
+            return load_file(path)["images"]
+        images = draw()
+        with atomic_file(path) as temporary:
+            save_file({"images": images.contiguous()}, temporary)
     return images

@@ -1,5 +1,7 @@
 """Where the QAT recipes take models and images from, and what they are measured by."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -154,4 +156,19 @@ def test_kept_images_belong_to_one_model(tmp_path: Path) -> None:
         for _ in range(2):
             kept = cached_images(tmp_path / "cache", "key", model, lambda drawn=drawn: drawn)
             assert torch.equal(kept, drawn)
-    assert len(list((tmp_path / "cache").iterdir())) == 4
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 4
+
+
+def test_processes_that_start_together_draw_the_float_images_once(tmp_path: Path) -> None:
+    drawn: list[Tensor] = []
+
+    def draw() -> Tensor:
+        time.sleep(0.2)
+        drawn.append(torch.full((1, 1, 4, 4), float(len(drawn))))
+        return drawn[-1]
+
+    with ThreadPoolExecutor(2) as pool:
+        model = Path("some/repository")
+        calls = [pool.submit(cached_images, tmp_path, "key", model, draw) for _ in range(2)]
+    assert len(drawn) == 1
+    assert all(torch.equal(call.result(), drawn[0]) for call in calls)
