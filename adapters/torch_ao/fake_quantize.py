@@ -6,15 +6,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.ao.quantization import FakeQuantizeBase, MinMaxObserver
 
-from tdq_plugin.errors import AdapterError
+from tdq_plugin.adapters.fake_quantize_switches import ActivationSwitches, WeightSwitches
+from tdq_plugin.graph.decompose import decompose
 from tdq_plugin.grid import activation_grid, weight_grid
-from tdq_plugin.quantizer import ActivationQuantizer
-from tdq_plugin.weights import WeightQuantizer
 
 __all__ = ["TDQFakeQuantize", "TDQWeightFakeQuantize", "initialise_weights"]
 
 
-class TDQFakeQuantize(ActivationQuantizer, FakeQuantizeBase):
+class TDQFakeQuantize(ActivationSwitches, FakeQuantizeBase):
     """Activation fake-quantize for a `QConfig`; its scale is a row of the model's scale bank.
 
     It keeps no running statistics: calibrate with `tdq_plugin.calibrate`. torch.ao's
@@ -32,6 +31,7 @@ class TDQFakeQuantize(ActivationQuantizer, FakeQuantizeBase):
 
     is_dynamic = False
     ch_axis = -1
+    own_convert = "tdq_plugin.adapters.torch_ao.convert, or tdq_plugin.lower_to_int8"
 
     def __init__(self, bits: int = 8, symmetric: bool = False) -> None:
         super().__init__(activation_grid(bits, symmetric))
@@ -46,37 +46,12 @@ class TDQFakeQuantize(ActivationQuantizer, FakeQuantizeBase):
             quant_max=self.quant_max,
         )
 
-    def enable_fake_quant(self, enabled: bool = True) -> None:
-        """Quantize, or let activations pass."""
-        super().enable_fake_quant(enabled)
-        self.mode = "quantize" if enabled else "off"
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        if not self.fake_quant_enabled:
-            self.mode = "off"
-        elif self.mode == "off":
-            self.mode = "quantize"
-
-    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
-        """Refused: a single scale would throw the timestep away.
-
-        Raises:
-            AdapterError: Always.
-        """
-        raise AdapterError(
-            "A TDQ activation has no single scale, so torch.ao's own convert cannot take it. "
-            "Use tdq_plugin.adapters.torch_ao.convert, or tdq_plugin.lower_to_int8."
-        )
-
     def convert(self, model: fx.GraphModule, node: fx.Node) -> None:
         """Called by torch.ao's convert: replace this quantizer by decomposed operators."""
-        from tdq_plugin.adapters.torch_ao.convert import decompose
-
         decompose(model, node, self)
 
 
-class TDQWeightFakeQuantize(WeightQuantizer, FakeQuantizeBase):
+class TDQWeightFakeQuantize(WeightSwitches, FakeQuantizeBase):
     """Weight fake-quantize for a `QConfig`: per output channel, LSQ gradients.
 
     Like torch.ao's own, it takes its first scales from the first weight that it sees.
@@ -106,24 +81,6 @@ class TDQWeightFakeQuantize(WeightQuantizer, FakeQuantizeBase):
     def qscheme(self) -> torch.qscheme:
         """What torch.ao calls the grid."""
         return torch.per_channel_symmetric if self.grid.symmetric else torch.per_channel_affine
-
-    def enable_fake_quant(self, enabled: bool = True) -> None:
-        """Quantize, or let the weight pass."""
-        super().enable_fake_quant(enabled)
-        self.enabled = enabled
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
-        self.enabled = bool(self.fake_quant_enabled)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        if self.scale.numel() == 0:
-            self.initialise(weight)
-        return super().forward(weight)
-
-    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
-        """Scales and zero points of the output channels."""
-        return self.positive_scale().detach(), self.zero_point.long()
 
 
 def initialise_weights(model: nn.Module) -> None:

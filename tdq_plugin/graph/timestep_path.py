@@ -52,4 +52,5 @@ def _reads_shape(node: fx.Node) -> bool:
         return node.target in _SHAPE_METHODS
     if node.target is getattr:
         return node.args[1] in _SHAPE_ATTRIBUTES
-    return node.op == "call_function" and node.target is torch.numel
+    # The second one is that of graphs from torch.export.
+    return node.target in (torch.numel, torch.ops.aten.sym_size.int)

@@ -33,7 +33,8 @@ def save_record(path: Path, run: FinishedRun) -> None:
         run: From its folder.
     """
     curves = {name: list(curve) for name, curve in run.curves.items()}
-    texts = {"config": portable(run.config), "report": run.report, "curves": curves}
+    texts: dict[str, Any] = {"config": portable(run.config), "report": run.report}
+    texts["curves"] = curves
     tensors = {f"images.{name}": _to_bytes(images) for name, images in run.images.items()}
     if run.scales is not None:
         texts["layers"] = run.scales.layers

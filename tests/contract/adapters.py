@@ -7,8 +7,11 @@ from contract.brevitas_adapter import Brevitas
 from contract.nncf_adapter import NNCF
 from torch import nn
 from torch.ao.quantization.quantize_fx import prepare_fx, prepare_qat_fx
+from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
 import tdq_plugin as tdq
+from tdq_plugin.adapters import pt2e
+from tdq_plugin.adapters.pt2e import TDQQuantizer
 from tdq_plugin.adapters.torch_ao import (
     convert,
     quantize_eager,
@@ -68,10 +71,22 @@ class TorchAOEager:
         return frozen
 
 
+class PT2E:
+    name = "pt2e"
+
+    def prepare(self, model, example_inputs, activations, weights):
+        quantizer = TDQQuantizer(activations, weights, first_last_bits=None)
+        return prepare_qat_pt2e(pt2e.export(model, example_inputs), quantizer)
+
+    def with_quantized_weights(self, frozen):
+        return frozen
+
+
 ADAPTERS: list[AdapterUnderTest] = [
     TorchAOGraphQAT(),
     TorchAOGraphPTQ(),
     TorchAOEager(),
+    PT2E(),
     Brevitas(),
     NNCF(),
 ]

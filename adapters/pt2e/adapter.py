@@ -1,0 +1,127 @@
+"""How a scale bank is attached to a graph that torchao prepared."""
+
+import copy
+from collections import Counter
+from types import MethodType
+from typing import cast
+
+from torch import Tensor, fx, nn
+from torchao.quantization.pt2e import move_exported_model_to_eval, move_exported_model_to_train
+
+from tdq_plugin.adapters.pt2e.fake_quantize import TDQFakeQuantize, TDQWeightFakeQuantize
+from tdq_plugin.adapters.pt2e.operators import is_layer, layer_path, operand_indices
+from tdq_plugin.adapters.pt2e.timestep_input import prepare_timestep_input
+from tdq_plugin.graph.scale_edge import connect_scales
+from tdq_plugin.graph.timestep_path import Source, sources
+from tdq_plugin.quantizer import ActivationQuantizer
+from tdq_plugin.registry import register_adapter
+
+__all__ = ["PT2EAdapter"]
+
+
+@register_adapter("pt2e")
+class PT2EAdapter:
+    """Graphs from `prepare_qat_pt2e` and `prepare_pt2e` with `TDQFakeQuantize`."""
+
+    @staticmethod
+    def covers(model: nn.Module) -> bool:
+        return isinstance(model, fx.GraphModule) and any(
+            isinstance(module, TDQFakeQuantize) for module in model.modules()
+        )
+
+    @staticmethod
+    def quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+        graph_module = cast(fx.GraphModule, model)
+        _strip(graph_module)
+        _initialise_weights(graph_module)
+        nodes = _named_nodes(graph_module)
+        return {name: _own_module(graph_module, node) for name, node in nodes.items()}
+
+    @staticmethod
+    def connect(model: nn.Module, timestep_argument: str | None) -> None:
+        graph_module = cast(fx.GraphModule, model)
+        prepare_timestep_input(graph_module, timestep_argument)
+        connect_scales(graph_module, list(_named_nodes(graph_module).values()))
+        graph_module.train = MethodType(_train, graph_module)  # type: ignore[method-assign]
+        graph_module.eval = MethodType(_eval, graph_module)  # type: ignore[method-assign]
+
+
+def _train(self: fx.GraphModule, mode: bool = True) -> fx.GraphModule:
+    # torchao forbids both: its functions switch the operators, and here there are modules, too.
+    nn.Module.train(self, mode)
+    (move_exported_model_to_train if mode else move_exported_model_to_eval)(self)
+    return self
+
+
+def _eval(self: fx.GraphModule) -> fx.GraphModule:
+    return _train(self, False)
+
+
+def _strip(graph_module: fx.GraphModule) -> None:
+    """Keep the quantizers of compute operators on the sample's path.
+
+    Other quantizers than `TDQQuantizer` annotate additions, too, and what sees the timestep only.
+    """
+    graph = graph_module.graph
+    depends = sources(graph)
+    for node in _quantizer_nodes(graph_module):
+        (source,) = node.all_input_nodes
+        on_path = Source.SAMPLE in depends[node] or Source.TIMESTEP not in depends[node]
+        for user in list(node.users):
+            operands = {user.args[index] for index in operand_indices(user)}
+            if node not in operands or not on_path:
+                user.replace_input_with(node, source)
+        if not node.users:
+            graph.erase_node(node)
+    graph_module.delete_all_unused_submodules()
+    graph_module.recompile()
+
+
+def _initialise_weights(graph_module: fx.GraphModule) -> None:
+    for node in graph_module.graph.find_nodes(op="call_module"):
+        quantizer = graph_module.get_submodule(str(node.target))
+        if isinstance(quantizer, TDQWeightFakeQuantize) and quantizer.scale.numel() == 0:
+            (weight,) = node.all_input_nodes
+            quantizer.initialise(cast(Tensor, graph_module.get_parameter(str(weight.target))))
+
+
+def _quantizer_nodes(graph_module: fx.GraphModule) -> list[fx.Node]:
+    return [
+        node
+        for node in graph_module.graph.find_nodes(op="call_module")
+        if isinstance(graph_module.get_submodule(str(node.target)), TDQFakeQuantize)
+    ]
+
+
+def _named_nodes(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
+    """Each quantizer by its first consumer, so that names agree between frameworks."""
+    named: dict[fx.Node, str] = {}
+    quantizers, products = set(_quantizer_nodes(graph_module)), 0
+    calls: Counter[str] = Counter()
+    for user in graph_module.graph.nodes:
+        operands = [user.args[index] for index in operand_indices(user)]
+        if not quantizers.intersection(operands):
+            continue
+        if is_layer(user):
+            name = f"{layer_path(user)}.input"
+            calls[name] += 1
+            suffixes = [f".{calls[name] - 1}" if calls[name] > 1 else ""]
+        else:
+            name = f"product.{products}"
+            products += 1
+            suffixes = [f".{index}" for index in operand_indices(user)]
+        for operand, suffix in zip(operands, suffixes, strict=True):
+            if operand in quantizers:
+                named.setdefault(operand, name + suffix)
+    return {name: node for node, name in named.items()}
+
+
+def _own_module(graph_module: fx.GraphModule, node: fx.Node) -> TDQFakeQuantize:
+    """The quantizer of a node; one that other nodes call, too, is copied."""
+    path = str(node.target)
+    quantizer = cast(TDQFakeQuantize, graph_module.get_submodule(path))
+    if quantizer.name is not None:
+        quantizer = copy.deepcopy(quantizer)
+        graph_module.add_submodule(f"{path}_{node.name}", quantizer)
+        node.target = f"{path}_{node.name}"
+    return quantizer

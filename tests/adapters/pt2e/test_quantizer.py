@@ -1,0 +1,127 @@
+"""Which operators get quantizers, by this package's quantizer and by torchao's own."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.ao.quantization.quantize_fx import prepare_qat_fx
+from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e, prepare_qat_pt2e
+from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+    QuantizationConfig,
+    X86InductorQuantizer,
+)
+
+import tdq_plugin as tdq
+from tdq_plugin.adapters.pt2e import (
+    TDQFakeQuantize,
+    TDQQuantizer,
+    TDQWeightFakeQuantize,
+    export,
+    tdq_activation_spec,
+    tdq_weight_spec,
+)
+from tdq_plugin.adapters.torch_ao import tdq_backend_config, tdq_qconfig_mapping
+from tdq_plugin.errors import ConfigError
+
+
+def grids(model):
+    bank = tdq.scale_bank(model)
+    return dict(zip(bank.names, bank.grids, strict=True))
+
+
+def attached(exported, prepare=prepare_qat_pt2e, **options):
+    return tdq.attach(prepare(copy.deepcopy(exported), TDQQuantizer(4, 8, **options))).eval()
+
+
+@pytest.mark.parametrize("prepare", [prepare_qat_pt2e, prepare_pt2e])
+def test_names_and_values_are_those_of_fx(unet, unet_inputs, exported_unet, prepare):
+    graph = tdq.trace(copy.deepcopy(unet), unet_inputs)
+    mapping, backend = tdq_qconfig_mapping(graph, 4, 8), tdq_backend_config()
+    fx = prepare_qat_fx(graph.train(), mapping, unet_inputs, backend_config=backend)
+    fx, model = tdq.attach(fx).eval(), attached(exported_unet, prepare)
+    assert grids(model) == grids(fx)
+    x, _ = unet_inputs
+    tdq.calibrate(fx, [(x, step) for step in (0, 500)])
+    tdq.load_scales(model, tdq.freeze(fx, [0, 500]).scale_bank.table)
+    with torch.no_grad():
+        for step in (0, 500):
+            assert torch.equal(model(x, step), fx(x, step))
+
+
+def test_float_layers_and_outer_bits(exported_unet):
+    known = grids(attached(exported_unet, first_last_bits=None))
+    assert {grid.bits for grid in known.values()} == {4}
+    left = grids(attached(exported_unet, float_layers=("conv_in", "*.to_q")))
+    assert set(known) - set(left) == {"conv_in.input", *(n for n in known if ".to_q." in n)}
+    assert {name for name, grid in left.items() if grid.bits == 8} == {"conv_out.input"}
+
+
+def test_a_float_layer_that_is_not_there(exported_unet):
+    with pytest.raises(ConfigError, match="'conv_inn' matches none of the model's"):
+        attached(exported_unet, float_layers=("conv_inn",))
+
+
+def test_bits_that_are_not_supported():
+    with pytest.raises(ConfigError, match="9 bits are not supported"):
+        TDQQuantizer(9)
+
+
+def test_the_quantizer_of_a_backend(exported_unet, unet_inputs):
+    """torchao's own x86 quantizer annotates additions, too, which TDQ leaves float."""
+    quantizer = X86InductorQuantizer()
+    configuration = QuantizationConfig(
+        tdq_activation_spec(8), None, tdq_weight_spec(8), None, is_qat=True
+    )
+    quantizer.set_global(configuration)
+    prepared = prepare_qat_pt2e(copy.deepcopy(exported_unet), quantizer)
+    before = sum(isinstance(module, TDQFakeQuantize) for module in prepared.modules())
+    model = tdq.attach(prepared).eval()
+    names = tdq.scale_bank(model).names
+    layers = {name for name in grids(attached(exported_unet)) if not name.startswith("product")}
+    assert set(names) == layers
+    assert before > len(names)
+    assert sum(isinstance(module, TDQFakeQuantize) for module in model.modules()) == len(names)
+    tdq.calibrate(model, [unet_inputs], samples=64)
+    with tdq.calibration(model), torch.no_grad():
+        expected = model(*unet_inputs)
+    with torch.no_grad():
+        assert (model(*unet_inputs) - expected).norm() < 0.1 * expected.norm()
+
+
+def test_a_layer_that_is_called_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, sample, timestep):
+            return self.layer(self.layer(sample).tanh()) * timestep[:, None]
+
+    exported = export(Twice(), (torch.ones(2, 4), torch.tensor([1.0, 2.0])))
+    assert tdq.scale_bank(attached(exported)).names == ("layer.input", "layer.input.1")
+
+
+def test_state_dicts_remember_what_is_switched_off(exported_unet, unet_inputs):
+    model, other = attached(exported_unet), attached(exported_unet)
+    tdq.calibrate(model, [unet_inputs], samples=16)
+    for module in model.modules():
+        if isinstance(module, TDQFakeQuantize | TDQWeightFakeQuantize):
+            module.disable_fake_quant()
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(other(*unet_inputs), exported_unet(*unet_inputs))
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheme"),
+    [
+        (TDQFakeQuantize, torch.per_channel_affine),
+        (TDQWeightFakeQuantize, torch.per_tensor_symmetric),
+    ],
+)
+def test_a_specification_of_another_kind(kind, scheme):
+    with pytest.raises(ConfigError, match=r"is static and per .*Correct the QuantizationSpec"):
+        kind(qscheme=scheme)
+    with pytest.raises(ConfigError, match="is_dynamic=True"):
+        kind(is_dynamic=True)
