@@ -41,9 +41,20 @@ class PT2EAdapter:
     def connect(model: nn.Module, timestep_argument: str | None) -> None:
         graph_module = cast(fx.GraphModule, model)
         prepare_timestep_input(graph_module, timestep_argument)
+        _remember_module_paths(graph_module.graph)
         connect_scales(graph_module, list(_named_nodes(graph_module).values()))
         graph_module.train = MethodType(_train, graph_module)  # type: ignore[method-assign]
         graph_module.eval = MethodType(_eval, graph_module)  # type: ignore[method-assign]
+
+
+def _remember_module_paths(graph: fx.Graph) -> None:
+    """Operators with parameters tell where blocks begin, which reconstruction trains in turn."""
+    for node in graph.nodes:
+        parameters = [n for n in node.all_input_nodes if n.op == "get_attr"]
+        if node.op == "call_function" and is_layer(node):
+            node.meta["module_path"] = layer_path(node)
+        elif node.op == "call_function" and parameters:
+            node.meta["module_path"] = str(parameters[0].target).rpartition(".")[0]
 
 
 def _train(self: fx.GraphModule, mode: bool = True) -> fx.GraphModule:

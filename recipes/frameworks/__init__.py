@@ -14,8 +14,13 @@ from tdq_plugin.reconstruct import CalibrationSet
 
 __all__ = ["FRAMEWORKS", "Framework", "FrameworkName", "load_framework"]
 
-FrameworkName = Literal["torch_ao", "brevitas", "nncf"]
-_EXTRAS = {"torch_ao": "torch-ao", "brevitas": "brevitas", "nncf": "nncf,openvino"}
+FrameworkName = Literal["torch_ao", "pt2e", "brevitas", "nncf"]
+_EXTRAS = {
+    "torch_ao": "torch-ao",
+    "pt2e": "pt2e",
+    "brevitas": "brevitas",
+    "nncf": "nncf,openvino",
+}
 FRAMEWORKS = tuple(_EXTRAS)
 
 

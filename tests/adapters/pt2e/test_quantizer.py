@@ -22,7 +22,9 @@ from tdq_plugin.adapters.pt2e import (
     tdq_weight_spec,
 )
 from tdq_plugin.adapters.torch_ao import tdq_backend_config, tdq_qconfig_mapping
-from tdq_plugin.errors import ConfigError
+from tdq_plugin.errors import AdapterError, ConfigError
+from tdq_plugin.reconstruct import CalibrationSet
+from tdq_plugin.reconstruct.blocks import find_blocks
 
 
 def grids(model):
@@ -125,3 +127,40 @@ def test_a_specification_of_another_kind(kind, scheme):
         kind(qscheme=scheme)
     with pytest.raises(ConfigError, match="is_dynamic=True"):
         kind(is_dynamic=True)
+
+
+def test_blocks_are_those_of_fx(unet, unet_inputs, exported_unet):
+    """But for operators between them: an exported graph cannot name a concatenation."""
+    graph = tdq.trace(copy.deepcopy(unet), unet_inputs)
+    models = graph, attached(exported_unet)
+    blocks = [[block.name for block in find_blocks(model.graph)] for model in models]
+    expected, ours = ([name for name in names if "." in name] for names in blocks)
+    assert ours == expected
+    assert len(ours) > 8
+
+
+@pytest.mark.parametrize("granularity", ["block", "network"])
+def test_reconstruction_lowers_the_error(exported_unet, granularity):
+    model = attached(exported_unet)
+    x, steps = torch.randn(16, 1, 8, 8), torch.linspace(0, 999, 16).round()
+    tdq.calibrate(model, [(x, steps)], samples=64)
+    with tdq.calibration(model), torch.no_grad():
+        expected = model(x, steps)
+
+    def error():
+        with torch.no_grad():
+            return float((model(x, steps) - expected).square().mean())
+
+    before = error()
+    configuration = tdq.ReconstructionConfig(granularity=granularity, iterations=20, batch_size=8)
+    tdq.reconstruct(model, CalibrationSet(x, steps), configuration)
+    assert error() < 0.95 * before
+
+
+def test_learned_rounding_needs_modules(exported_unet, unet_inputs):
+    model = attached(exported_unet)
+    tdq.calibrate(model, [unet_inputs], samples=16)
+    data = CalibrationSet(torch.randn(4, 1, 8, 8), torch.arange(4.0))
+    configuration = tdq.ReconstructionConfig(iterations=1, learn_rounding=True)
+    with pytest.raises(AdapterError, match="learn"):
+        tdq.reconstruct(model, data, configuration)
