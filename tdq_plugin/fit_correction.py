@@ -56,8 +56,9 @@ def fit_output_correction(
     for step, (timestep, slope) in enumerate(zip(scheduler.timesteps, slopes, strict=True)):
         ours = _advance(model, scheduler, timestep, ours, batch_size)
         theirs = _advance(reference, scheduler, timestep, theirs, batch_size)
-        shift = _shrunken_mean(theirs - ours)
-        ours = ours + shift
+        # In half precision, the square of a mean vanishes, and the mean with it.
+        shift = _shrunken_mean(theirs.float() - ours.float())
+        ours = (ours + shift).to(noise.dtype)
         offsets.append(shift / slope)
         if progress is not None:
             progress(step + 1, len(slopes))
@@ -87,7 +88,7 @@ def _shrunken_mean(differences: Tensor) -> Tensor:
 
 def _slope(scheduler: Any, timestep: Tensor, noise: Tensor) -> float:
     """How much the next sample moves when the predicted noise grows by one."""
-    zero = torch.zeros_like(noise[:1])
+    zero = torch.zeros_like(noise[:1], dtype=torch.float32)
     try:
         reached = [
             float(scheduler.step(zero + value, timestep, zero).prev_sample.mean())

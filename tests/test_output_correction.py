@@ -73,6 +73,23 @@ def test_mean_samples_become_the_references(
         assert (corrected[step] - mean).abs().max() < 0.05 * (uncorrected[step] - mean).abs().max()
 
 
+def test_small_shifts_in_half_precision(noise: Tensor) -> None:
+    """Their squares are below what float16 can hold."""
+
+    def shifted(x: Tensor, t: Tensor) -> Tensor:
+        return 0.7 * x + 1e-4
+
+    def exact(x: Tensor, t: Tensor) -> Tensor:
+        return 0.7 * x
+
+    single, half = (
+        tdq.fit_output_correction(shifted, exact, sampler(), (noise * 0.01).to(dtype))
+        for dtype in (torch.float32, torch.float16)
+    )
+    assert single.offsets.mean() == pytest.approx(-1e-4, rel=0.1)
+    assert half.offsets.mean() == pytest.approx(-1e-4, rel=0.3)
+
+
 def test_a_model_without_bias_is_hardly_touched(noise: Tensor) -> None:
     def noisy(x: Tensor, t: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(int(t))
