@@ -81,6 +81,21 @@ class ActivationQuantizer(nn.Module):
         codes = self.grid.quant_min, self.grid.quant_max
         return fake_quantize(x, scale, zero_point, *codes, gradient)
 
+    def require_quantizing(self, product: str) -> None:
+        """Check that this quantizer rounds by its scale, before it becomes part of something.
+
+        Args:
+            product: What that is, for the message.
+
+        Raises:
+            AdapterError: It is switched off, observes, or is dynamic.
+        """
+        if self.mode != "quantize":
+            raise AdapterError(
+                f"The quantizer {self.name!r} is in mode {self.mode!r}, so the {product} would "
+                "differ from the model. Set its mode to 'quantize'."
+            )
+
 
 def dynamic_range(x: Tensor, grid: QuantizationGrid) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each sample from its own limits, float32, shape `(B,)` each."""

@@ -8,6 +8,7 @@ from brevitas.quant import Int8WeightPerChannelFloatMSE
 from torch import nn
 
 from tdq_plugin.adapters.brevitas.quantizers import (
+    OPTIONS,
     TDQInt8ActPerTensorFloat,
     TDQShiftedUint8ActPerTensorFloat,
     TDQUint8ActPerTensorFloat,
@@ -53,7 +54,8 @@ def tdq_layer_map(
         From float layers to Brevitas layers and their arguments; change it as you like.
 
     Raises:
-        ConfigError: `BREVITAS_JIT` is set, and the weight quantizer is one that it cannot compile.
+        ConfigError: `BREVITAS_JIT` is set, and the weight quantizer is one that it cannot compile;
+            or an option of TDQ is unknown.
 
     Example:
         >>> layer, arguments = tdq_layer_map(activation_bits=4)[nn.Conv2d]
@@ -65,6 +67,9 @@ def tdq_layer_map(
             "BREVITAS_JIT is set, and TorchScript cannot compile Brevitas' search for the least "
             "error. Give weight_quant=Int8WeightPerChannelFloat, or unset BREVITAS_JIT."
         )
+    unknown = [name for name in names if name.startswith("tdq_") and name not in OPTIONS]
+    if unknown:
+        raise ConfigError(f"{unknown} are no options of TDQ; there are {', '.join(OPTIONS)}.")
     kind = TDQInt8ActPerTensorFloat if symmetric_activations else TDQShiftedUint8ActPerTensorFloat
     activation = kind.let(bit_width=activation_bits, **names)
     unsigned = TDQUint8ActPerTensorFloat.let(bit_width=activation_bits, **names)

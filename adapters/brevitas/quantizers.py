@@ -20,6 +20,15 @@ __all__ = [
     "TDQUint8ActPerTensorFloat",
 ]
 
+OPTIONS = (
+    "tdq_estimator",
+    "tdq_bank",
+    "tdq_width",
+    "tdq_depth",
+    "tdq_groups",
+    "tdq_num_timesteps",
+)
+
 # Brevitas gives these functions the attributes of a quantizer's class that have their arguments'
 # names, and takes what they return as another attribute.
 

@@ -39,8 +39,8 @@ def strip(model: nn.Module, timestep_argument: str | None = None) -> "StrippedMo
         with one timestep for each call and any batch size.
 
     Raises:
-        AdapterError: The model is not frozen or not NNCF's, its table interpolates, or its zero
-            points move with t.
+        AdapterError: The model is not frozen or not NNCF's, a quantizer is switched off or
+            dynamic, its table interpolates, or its zero points move with t.
     """
     bank = scale_bank(model)
     if not is_wrapped(model):
@@ -59,6 +59,8 @@ def strip(model: nn.Module, timestep_argument: str | None = None) -> "StrippedMo
             f"lookup={bank.lookup!r} and {bank.zero_points.shape[0]} zero points for each "
             "quantizer. Freeze with all timesteps that are needed, and lookup='exact' or 'nearest'."
         )
+    for _, quantizer in named_quantizers(model):
+        quantizer.require_quantizing("stripped model")
     timestep = find_timestep_argument(model.forward, timestep_argument)
     return StrippedModel(copy.deepcopy(model), timestep)
 

@@ -31,11 +31,7 @@ def fold_scale(model: fx.GraphModule, node: fx.Node, quantizer: ActivationQuanti
     Raises:
         AdapterError: The zero point depends on t, or the quantizer is switched off.
     """
-    if quantizer.mode != "quantize":
-        raise AdapterError(
-            f"The quantizer {quantizer.name!r} is in mode {quantizer.mode!r}, so the converted "
-            "graph would differ from the model. Set its mode to 'quantize'."
-        )
+    quantizer.require_quantizing("converted graph")
     x, scale, _ = node.args
     graph, grid = model.graph, quantizer.grid
     parameters = (1.0, _constant_zero_point(model, quantizer), grid.quant_min, grid.quant_max)

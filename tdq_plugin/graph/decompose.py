@@ -34,11 +34,7 @@ def decompose(
         AdapterError: The model is not frozen, or the quantizer is switched off.
     """
     require_frozen(model)
-    if quantizer.mode != "quantize":
-        raise AdapterError(
-            f"The quantizer {node.target!r} is in mode {quantizer.mode!r}, so the converted graph "
-            "would differ from the model. Set its mode to 'quantize'."
-        )
+    quantizer.require_quantizing("converted graph")
     grid, graph = quantizer.grid, model.graph
     dtype = torch.int8 if grid.signed else torch.uint8
     codes: tuple[Any, ...] = (grid.quant_min, grid.quant_max, dtype)

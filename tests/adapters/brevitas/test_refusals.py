@@ -12,7 +12,11 @@ from brevitas.quant import (
 from contract.networks import BATCHES, STEPS
 
 import tdq_plugin as tdq
-from tdq_plugin.adapters.brevitas import TDQInt8ActPerTensorFloat, TDQUint8ActPerTensorFloat
+from tdq_plugin.adapters.brevitas import (
+    TDQInt8ActPerTensorFloat,
+    TDQUint8ActPerTensorFloat,
+    tdq_layer_map,
+)
 from tdq_plugin.errors import AdapterError, ConfigError, TimestepError
 
 ACTIVATION = TDQInt8ActPerTensorFloat
@@ -102,3 +106,8 @@ def test_an_estimator_that_there_is_not():
     quantizer = ACTIVATION.let(tdq_estimator="LSQ")
     with pytest.raises(ConfigError, match="tdq_estimator = 'LSQ' is not one of lsq, pact, nipq, "):
         qnn.QuantLinear(2, 2, True, input_quant=quantizer)
+
+
+def test_an_option_that_tdq_does_not_have():
+    with pytest.raises(ConfigError, match=r"\['tdq_banks'\] are no options of TDQ; there are"):
+        tdq_layer_map(tdq_banks="constant")
