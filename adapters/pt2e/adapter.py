@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from collections.abc import Iterable
 from types import MethodType
 from typing import cast
 
@@ -35,7 +36,8 @@ class PT2EAdapter:
         _strip(graph_module)
         _initialise_weights(graph_module)
         nodes = _named_nodes(graph_module)
-        return {name: _own_module(graph_module, node) for name, node in nodes.items()}
+        _separate(graph_module, nodes.values())
+        return {name: _module(graph_module, node) for name, node in nodes.items()}
 
     @staticmethod
     def connect(model: nn.Module, timestep_argument: str | None) -> None:
@@ -127,12 +129,17 @@ def _named_nodes(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
     return {name: node for node, name in named.items()}
 
 
-def _own_module(graph_module: fx.GraphModule, node: fx.Node) -> TDQFakeQuantize:
-    """The quantizer of a node; one that other nodes call, too, is copied."""
-    path = str(node.target)
-    quantizer = cast(TDQFakeQuantize, graph_module.get_submodule(path))
-    if quantizer.name is not None:
-        quantizer = copy.deepcopy(quantizer)
-        graph_module.add_submodule(f"{path}_{node.name}", quantizer)
-        node.target = f"{path}_{node.name}"
-    return quantizer
+def _separate(graph_module: fx.GraphModule, nodes: Iterable[fx.Node]) -> None:
+    """Give nodes that share one quantizer, as specifications of torchao can ask, one each."""
+    seen: set[TDQFakeQuantize] = set()
+    for node in nodes:
+        quantizer = _module(graph_module, node)
+        if quantizer in seen:
+            path = f"{node.target}_{node.name}"
+            graph_module.add_submodule(path, copy.deepcopy(quantizer))
+            node.target = path
+        seen.add(quantizer)
+
+
+def _module(graph_module: fx.GraphModule, node: fx.Node) -> TDQFakeQuantize:
+    return cast(TDQFakeQuantize, graph_module.get_submodule(str(node.target)))

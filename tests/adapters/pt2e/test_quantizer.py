@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e, prepare_qat_pt2e
+from torchao.quantization.pt2e.quantizer import SharedQuantizationSpec
+from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
     QuantizationConfig,
     X86InductorQuantizer,
@@ -102,6 +104,50 @@ def test_a_layer_that_is_called_twice():
 
     exported = export(Twice(), (torch.ones(2, 4), torch.tensor([1.0, 2.0])))
     assert tdq.scale_bank(attached(exported)).names == ("layer.input", "layer.input.1")
+
+
+def test_layers_that_torchao_lets_share_a_quantizer():
+    class Shared(TDQQuantizer):
+        def annotate(self, model):
+            super().annotate(model)
+            first, second = (n for n in model.graph.nodes if Q_ANNOTATION_KEY in n.meta)
+            annotation = second.meta[Q_ANNOTATION_KEY]
+            edge = first.args[0], first
+            annotation.input_qspec_map[second.args[0]] = SharedQuantizationSpec(edge)
+            return model
+
+    class TwoLayers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, sample, timestep):
+            return self.second(self.first(sample).tanh()) * timestep[:, None]
+
+    exported = export(TwoLayers(), (torch.ones(2, 4), torch.tensor([1.0, 2.0])))
+    prepared = prepare_qat_pt2e(exported, Shared(8, 8))
+    assert len({m for m in prepared.modules() if isinstance(m, TDQFakeQuantize)}) == 1
+    model = tdq.attach(prepared).eval()
+    first, second = (quantizer for _, quantizer in tdq.named_quantizers(model))
+    assert first is not second
+    assert tdq.scale_bank(model).names == ("first.input", "second.input")
+    tdq.calibrate(model, [(torch.randn(8, 4), 3)], samples=16)
+    scales, _ = tdq.scale_bank(model)(3)
+    assert scales[0] != scales[1]
+
+
+def test_attach_after_it_was_refused(exported_unet):
+    quantizer = TDQQuantizer(8, 8)
+    prepared = prepare_qat_pt2e(copy.deepcopy(exported_unet), quantizer)
+    with pytest.raises(ConfigError, match="no bank"):
+        tdq.attach(prepared, bank=refuse)
+    model = tdq.attach(prepared)
+    quantizers = [m for m in model.modules() if isinstance(m, TDQFakeQuantize)]
+    assert len(quantizers) == len(tdq.scale_bank(model).names)
+
+
+def refuse(grids):
+    raise ConfigError("no bank")
 
 
 def test_state_dicts_remember_what_is_switched_off(exported_unet, unet_inputs):
