@@ -55,23 +55,26 @@ def load_record(path: Path) -> FinishedRun:
         with safe_open(str(path), framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        if FORMAT.items() - metadata.items():
-            raise ValueError(f"its metadata are {sorted(metadata)}")
+        found = {key: metadata[key] for key in FORMAT}
         texts = {key: json.loads(metadata[key]) for key in metadata.keys() - FORMAT.keys()}
-        curves = {name: Curve(*curve) for name, curve in texts["curves"].items()}
-        return FinishedRun(
+        run = FinishedRun(
             path.stem,
             texts["config"],
             texts["report"],
-            curves,
+            {name: Curve(*curve) for name, curve in texts["curves"].items()},
             {key: _from_bytes(value) for key, value in _below("images.", tensors).items()},
             _scales(texts, tensors),
         )
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path} is no record of a run that this release reads: {error}. Remove it; the run "
-            "is then done again."
+            f"{path} is no record of a run: {error!r}. Remove it; the run is then done again."
         ) from error
+    if found != FORMAT:
+        raise ConfigError(
+            f"{path} is no record of a run that this release reads: it is {found}, not {FORMAT}. "
+            "Update tdq-plugin, or remove the file; the run is then done again."
+        )
+    return run
 
 
 def portable(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tdq_plugin.errors import ConfigError
@@ -63,8 +64,18 @@ def test_a_configuration_keeps_no_path_of_this_machine() -> None:
 def test_a_file_that_is_no_record(content: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "one.safetensors"
     if content is None:
-        save_file({"x": torch.zeros(1)}, path, {"format": "tdq-scale-table", "version": "1"})
+        save_file({"x": torch.zeros(1)}, path, {"format": "tdq-scale-table"})
     else:
         path.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"one\.safetensors is no record of a run .* Remove it"):
+    with pytest.raises(ConfigError, match=r"one\.safetensors is no record of a run: .* Remove it"):
+        load_record(path)
+
+
+def test_a_record_of_another_version(make_run: Callable[..., FinishedRun], tmp_path: Path) -> None:
+    path = tmp_path / "one.safetensors"
+    save_record(path, make_run("one", "W4A4", 3, METHODS))
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({"x": torch.zeros(1)}, path, {**metadata, "version": "2"})
+    with pytest.raises(ConfigError, match=r"that this release reads: .*'2'.* Update tdq-plugin"):
         load_record(path)

@@ -18,7 +18,7 @@ def work(amount):
 
 
 def test_three_times_the_work_takes_three_times_the_time():
-    ratios = paired_ratios({"one": work(100), "three": work(300)}, "one", rounds=21)
+    ratios = paired_ratios({"one": work(1000), "three": work(3000)}, "one", rounds=21)
     assert ratios["one"] == {"median": 1.0, "q25": 1.0, "q75": 1.0}
     assert 2.5 < ratios["three"]["median"] < 3.5
     assert ratios["three"]["q25"] <= ratios["three"]["median"] <= ratios["three"]["q75"]
