@@ -13,12 +13,17 @@ from tdq_plugin.adapters.pt2e import TDQQuantizer, TDQWeightFakeQuantize, conver
 from tdq_plugin.errors import AdapterError, ScaleError
 
 SAMPLE = BATCHES[2][0][:4]
-BITS = [(8, 8), (8, 4), (4, 4)]
+# Bits of activations and weights, and how they are prepared.
+CASES = [
+    ((8, 8), {}),
+    ((8, 4), {"symmetric_activations": True}),
+    ((4, 4), {}),
+    ((4, 4), {"qat": False}),
+]
 OPERATORS = torch.ops.quantized_decomposed
 
 
-@pytest.mark.parametrize("options", [{}, {"symmetric_activations": True}, {"qat": False}])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("bits", "options"), CASES)
 def test_equals_the_model_at_every_timestep(frozen, bits, options):
     model = frozen(*bits, **options)
     one, mixed = convert(model), convert(model, mixed_timesteps=True)
@@ -31,8 +36,7 @@ def test_equals_the_model_at_every_timestep(frozen, bits, options):
         assert torch.equal(mixed(SAMPLE, steps), model(SAMPLE, steps))
 
 
-@pytest.mark.parametrize("options", [{}, {"symmetric_activations": True}])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("bits", "options"), CASES)
 def test_folded_scales_leave_constant_operators(frozen, bits, options):
     """A code that lies on the border of two may fall to either side in a later layer."""
     model = frozen(*bits, **options)
