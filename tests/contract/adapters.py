@@ -1,9 +1,12 @@
 """The adapters that the contract is run against. A new adapter joins by a class in `ADAPTERS`."""
 
+import copy
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, Protocol
 
 from contract.brevitas_adapter import Brevitas
+from contract.networks import TinyDenoiser, example_inputs
 from contract.nncf_adapter import NNCF
 from torch import nn
 from torch.ao.quantization.quantize_fx import prepare_fx, prepare_qat_fx
@@ -71,12 +74,21 @@ class TorchAOEager:
         return frozen
 
 
+@cache
+def _exported(attention):
+    """Export takes its seconds, and knows the weights of the model as parameters only."""
+    return pt2e.export(TinyDenoiser(attention).eval(), example_inputs())
+
+
 class PT2E:
     name = "pt2e"
 
     def prepare(self, model, example_inputs, activations, weights):
         quantizer = TDQQuantizer(activations, weights, first_last_bits=None)
-        return prepare_qat_pt2e(pt2e.export(model, example_inputs), quantizer)
+        exported = copy.deepcopy(_exported(model.attention))
+        missing, _ = exported.load_state_dict(model.state_dict(), strict=False)
+        assert not set(missing) & set(model.state_dict())
+        return prepare_qat_pt2e(exported, quantizer)
 
     def with_quantized_weights(self, frozen):
         return frozen
