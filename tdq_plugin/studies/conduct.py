@@ -114,10 +114,15 @@ class Study:
 
 
 def _load(run: PlannedRun) -> FinishedRun:
-    if run.here:
-        save_record(run.record, load_run(run.folder))
-    # From the record even here, so that the report is the same on every machine.
-    return load_record(run.record)
+    """A run from its record, even here, so that the report is the same on every machine."""
+    kept = load_record(run.record) if run.record.exists() else None
+    found = load_run(run.folder) if run.here else None
+    # Written twice, the same record may have other bytes.
+    if found is not None and (kept is None or found.report != kept.report):
+        save_record(run.record, found)
+        return load_record(run.record)
+    assert kept is not None
+    return kept
 
 
 def _time(runs: Sequence[PlannedRun], jobs: int) -> str:

@@ -160,6 +160,8 @@ def test_what_is_recorded_elsewhere_is_not_done_again(
     results, elsewhere = tmp_path / "results", tmp_path / "elsewhere"
     tdq_study(study_file, runs, "--report", "--results", str(results))
     written = {path.name: path.read_bytes() for path in files(results)}
+    tdq_study(study_file, runs, "--report", "--results", str(results))
+    assert {path.name: path.read_bytes() for path in files(results)} == written
     code, out, _ = tdq_study(study_file, elsewhere, "--results", str(results))
     assert code == 0
     assert "good: Good. 0 of 2 runs to do, about no time" in out
