@@ -21,7 +21,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt
 
 import tdq_plugin as tdq
 from tdq_plugin.adapters.pt2e import TDQQuantizer, convert, export
-from tdq_plugin.graph.compute import is_quantizer
+from tdq_plugin.graph.compute import quantizer_nodes
 from tdq_plugin.quantizer import ActivationQuantizer
 from tdq_plugin.study.latency import paired_ratios
 
@@ -70,9 +70,7 @@ def static(model: fx.GraphModule) -> fx.GraphModule:
     """The scales of one timestep as constants of the operators."""
     model = copy.deepcopy(model)
     operators, table = torch.ops.quantized_decomposed, tdq.scale_bank(model).table
-    for node in list(model.graph.nodes):
-        if not is_quantizer(node):
-            continue
+    for node in quantizer_nodes(model.graph):
         quantizer = cast(ActivationQuantizer, model.get_submodule(str(node.target)))
         column, grid = table.names.index(quantizer.name or ""), quantizer.grid
         scale, zero_point = (float(v[0, column]) for v in (table.scales, table.zero_points))

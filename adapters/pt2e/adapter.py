@@ -12,8 +12,9 @@ from torchao.quantization.pt2e import move_exported_model_to_eval, move_exported
 from tdq_plugin.adapters.pt2e.fake_quantize import TDQFakeQuantize, TDQWeightFakeQuantize
 from tdq_plugin.adapters.pt2e.operators import is_layer, layer_path, operand_indices
 from tdq_plugin.adapters.pt2e.timestep_input import prepare_timestep_input
+from tdq_plugin.graph.compute import quantizer_nodes
 from tdq_plugin.graph.scale_edge import connect_scales
-from tdq_plugin.graph.timestep_path import Source, sources
+from tdq_plugin.graph.timestep_path import sees_samples, sources
 from tdq_plugin.quantizer import ActivationQuantizer
 from tdq_plugin.registry import register_adapter
 
@@ -77,9 +78,9 @@ def _strip(graph_module: fx.GraphModule) -> None:
     """
     graph = graph_module.graph
     depends = sources(graph)
-    for node in _quantizer_nodes(graph_module):
+    for node in quantizer_nodes(graph):
         (source,) = node.all_input_nodes
-        on_path = Source.SAMPLE in depends[node] or Source.TIMESTEP not in depends[node]
+        on_path = sees_samples(depends[node])
         for user in list(node.users):
             operands = {user.args[index] for index in operand_indices(user)}
             if node not in operands or not on_path:
@@ -98,18 +99,10 @@ def _initialise_weights(graph_module: fx.GraphModule) -> None:
             quantizer.initialise(cast(Tensor, graph_module.get_parameter(str(weight.target))))
 
 
-def _quantizer_nodes(graph_module: fx.GraphModule) -> list[fx.Node]:
-    return [
-        node
-        for node in graph_module.graph.find_nodes(op="call_module")
-        if isinstance(graph_module.get_submodule(str(node.target)), TDQFakeQuantize)
-    ]
-
-
 def _named_nodes(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
     """Each quantizer by its first consumer, so that names agree between frameworks."""
     named: dict[fx.Node, str] = {}
-    quantizers, products = set(_quantizer_nodes(graph_module)), 0
+    quantizers, products = set(quantizer_nodes(graph_module.graph)), 0
     calls: Counter[str] = Counter()
     for user in graph_module.graph.nodes:
         operands = [user.args[index] for index in operand_indices(user)]

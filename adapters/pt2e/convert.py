@@ -9,7 +9,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 from tdq_plugin.adapters.pt2e.fake_quantize import TDQWeightFakeQuantize
 from tdq_plugin.adapters.pt2e.fold import fold_scale
 from tdq_plugin.errors import AdapterError
-from tdq_plugin.graph.compute import is_quantizer
+from tdq_plugin.graph.compute import quantizer_nodes
 from tdq_plugin.graph.decompose import decompose, require_frozen
 from tdq_plugin.quantizer import ActivationQuantizer
 
@@ -48,13 +48,12 @@ def convert(
                 f"The weight quantizer {path!r} is switched off, so the converted graph would "
                 "differ from the model. Switch it on (enable_fake_quant)."
             )
-    for node in list(model.graph.nodes):
-        if is_quantizer(node):
-            quantizer = cast(ActivationQuantizer, model.get_submodule(str(node.target)))
-            if fold_scales:
-                fold_scale(model, node, quantizer)
-            else:
-                decompose(model, node, quantizer, mixed_timesteps)
+    for node in quantizer_nodes(model.graph):
+        quantizer = cast(ActivationQuantizer, model.get_submodule(str(node.target)))
+        if fold_scales:
+            fold_scale(model, node, quantizer)
+        else:
+            decompose(model, node, quantizer, mixed_timesteps)
     return _without_float_weights(convert_pt2e(model))
 
 

@@ -13,7 +13,7 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 from tdq_plugin.adapters.pt2e.fake_quantize import TDQFakeQuantize, TDQWeightFakeQuantize
 from tdq_plugin.adapters.pt2e.operators import is_layer, layer_path, operand_indices, weight_node
 from tdq_plugin.adapters.pt2e.timestep_input import prepare_timestep_input
-from tdq_plugin.graph.timestep_path import Source, sources
+from tdq_plugin.graph.timestep_path import sees_samples, sources
 from tdq_plugin.grid import activation_grid, check_bits, weight_grid
 from tdq_plugin.layer_names import choose_layers
 
@@ -115,12 +115,7 @@ def _specs(
 def _on_the_samples_path(graph: fx.Graph) -> list[fx.Node]:
     """Operators whose activations are quantized, in order of execution."""
     depends = sources(graph)
-    return [
-        node
-        for node in graph.nodes
-        if operand_indices(node)
-        and (Source.SAMPLE in depends[node] or Source.TIMESTEP not in depends[node])
-    ]
+    return [node for node in graph.nodes if operand_indices(node) and sees_samples(depends[node])]
 
 
 def _annotate(node: fx.Node, activation: QuantizationSpec, weight: QuantizationSpec) -> None:

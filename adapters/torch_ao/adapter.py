@@ -7,10 +7,15 @@ from torch import fx, nn
 
 from tdq_plugin.adapters.torch_ao.fake_quantize import TDQFakeQuantize, initialise_weights
 from tdq_plugin.errors import AdapterError
-from tdq_plugin.graph.compute import is_layer, make_operands_positional, operand_indices
+from tdq_plugin.graph.compute import (
+    is_layer,
+    make_operands_positional,
+    operand_indices,
+    quantizer_nodes,
+)
 from tdq_plugin.graph.scale_edge import connect_scales
 from tdq_plugin.graph.timestep_node import find_timestep_node, insert_timestep_node
-from tdq_plugin.graph.timestep_path import Source, sources
+from tdq_plugin.graph.timestep_path import sees_samples, sources
 from tdq_plugin.quantizer import ActivationQuantizer
 from tdq_plugin.registry import register_adapter
 from tdq_plugin.timestep import find_timestep_argument
@@ -34,7 +39,7 @@ class TorchAOAdapter:
         make_operands_positional(graph_module.graph)
         _strip(graph_module)
         initialise_weights(graph_module)
-        nodes = _quantizer_nodes(graph_module)
+        nodes = quantizer_nodes(graph_module.graph)
         return {name: _module(graph_module, node) for name, node in _name(nodes).items()}
 
     @staticmethod
@@ -45,17 +50,17 @@ class TorchAOAdapter:
             timestep = find_timestep_argument(graph_module.forward, timestep_argument)
             sample = next((name for name in names if name != timestep), None)
             insert_timestep_node(graph_module.graph, timestep, sample)
-        connect_scales(graph_module, list(_name(_quantizer_nodes(graph_module)).values()))
+        connect_scales(graph_module, list(_name(quantizer_nodes(graph_module.graph)).values()))
 
 
 def _strip(graph_module: fx.GraphModule) -> None:
     """Keep the quantizers of compute layers' inputs; torch.ao also observes outputs and more."""
     graph = graph_module.graph
     depends = sources(graph)
-    for node in _quantizer_nodes(graph_module):
+    for node in quantizer_nodes(graph):
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        on_path = Source.SAMPLE in depends[node] or Source.TIMESTEP not in depends[node]
+        on_path = sees_samples(depends[node])
         for user in list(node.users):
             operands = {user.args[index] for index in operand_indices(user)}
             wanted = _wanted(graph_module, user) if node in operands and on_path else None
@@ -91,15 +96,6 @@ def _with_grid(graph_module: fx.GraphModule, node: fx.Node, quantizer: TDQFakeQu
     graph_module.add_submodule(path, quantizer.train(graph_module.training))
     with graph_module.graph.inserting_after(node):
         return graph_module.graph.call_module(path, (node.args[0],))
-
-
-def _quantizer_nodes(graph_module: fx.GraphModule) -> list[fx.Node]:
-    return [
-        node
-        for node in graph_module.graph.nodes
-        if node.op == "call_module"
-        and isinstance(graph_module.get_submodule(str(node.target)), TDQFakeQuantize)
-    ]
 
 
 def _name(nodes: list[fx.Node]) -> dict[str, fx.Node]:

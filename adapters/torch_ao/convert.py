@@ -10,7 +10,7 @@ from torch.ao.quantization import quantize_fx
 from tdq_plugin.adapters.torch_ao.fake_quantize import TDQFakeQuantize, TDQWeightFakeQuantize
 from tdq_plugin.adapters.torch_ao.qconfig import tdq_backend_config
 from tdq_plugin.errors import AdapterError
-from tdq_plugin.graph.compute import is_quantizer
+from tdq_plugin.graph.compute import quantizer_nodes
 from tdq_plugin.graph.decompose import decompose, require_frozen
 
 __all__ = ["convert"]
@@ -47,9 +47,8 @@ def convert(prepared: fx.GraphModule, *, mixed_timesteps: bool = False) -> fx.Gr
     model = copy.deepcopy(prepared).eval()
     for path, module in model.named_modules():
         _check_layer(path, module)
-    for node in list(model.graph.nodes):
-        if is_quantizer(node):
-            decompose(model, node, _quantizer(model, node), mixed_timesteps)
+    for node in quantizer_nodes(model.graph):
+        decompose(model, node, _quantizer(model, node), mixed_timesteps)
     return cast(fx.GraphModule, to_reference(model, backend_config=tdq_backend_config()))
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "is_quantizer",
     "make_operands_positional",
     "operand_indices",
+    "quantizer_nodes",
 ]
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
@@ -41,6 +42,11 @@ def is_product(node: fx.Node) -> bool:
 def is_quantizer(node: fx.Node) -> bool:
     """Whether the node calls an activation quantizer."""
     return isinstance(_called(node), ActivationQuantizer)
+
+
+def quantizer_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that call an activation quantizer, in order of execution."""
+    return [node for node in graph.nodes if is_quantizer(node)]
 
 
 def operand_indices(node: fx.Node) -> list[int]:

@@ -7,7 +7,7 @@ from torch import fx
 
 from tdq_plugin.graph.timestep_node import find_timestep_node
 
-__all__ = ["Source", "sources"]
+__all__ = ["Source", "sees_samples", "sources"]
 
 _SHAPE_ATTRIBUTES = {"shape", "dtype", "device"}
 _SHAPE_METHODS = {"size", "dim", "numel"}
@@ -20,6 +20,11 @@ class Source(Flag):
     TIMESTEP = auto()
     CONDITION = auto()
     SAMPLE = auto()
+
+
+def sees_samples(depends: Source) -> bool:
+    """Whether a value is on the sample's path, or a constant; else it is the timestep's alone."""
+    return Source.SAMPLE in depends or Source.TIMESTEP not in depends
 
 
 def sources(graph: fx.Graph) -> dict[fx.Node, Source]:

@@ -1,9 +1,11 @@
 """List the parts of a study, do what is missing, and write the report."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tdq_plugin.studies.definition import StudyDefinition, load_study
 from tdq_plugin.studies.execution import (
@@ -116,13 +118,15 @@ class Study:
 def _load(run: PlannedRun) -> FinishedRun:
     """A run from its record, even here, so that the report is the same on every machine."""
     kept = load_record(run.record) if run.record.exists() else None
-    found = load_run(run.folder) if run.here else None
-    # Written twice, the same record may have other bytes.
-    if found is not None and (kept is None or found.report != kept.report):
-        save_record(run.record, found)
-        return load_record(run.record)
-    assert kept is not None
-    return kept
+    # Images are read, and records written, only once: the same record may have other bytes.
+    if kept is not None and not (run.here and _report(run) != kept.report):
+        return kept
+    save_record(run.record, load_run(run.folder))
+    return load_record(run.record)
+
+
+def _report(run: PlannedRun) -> Any:
+    return json.loads((run.folder / "report.json").read_text())
 
 
 def _time(runs: Sequence[PlannedRun], jobs: int) -> str:
