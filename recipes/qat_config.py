@@ -9,6 +9,7 @@ from tdq_plugin.recipes.calibration import TrajectorySection
 from tdq_plugin.recipes.config import RecipeConfig, Section, filled_in
 from tdq_plugin.recipes.correction import CorrectionSection, row_titles
 from tdq_plugin.recipes.digits_evaluation import EvaluationSection
+from tdq_plugin.recipes.frameworks import FrameworkName
 from tdq_plugin.recipes.image_data import DataSection
 from tdq_plugin.recipes.objectives import ObjectiveName, WeightingName
 from tdq_plugin.recipes.qat_methods import METHODS
@@ -24,6 +25,7 @@ class QATConfig(RecipeConfig):
 
     Attributes:
         model: Folder of a saved diffusers pipeline with a UNet2DModel, or a hub repository.
+        adapter: The quantization framework.
         bits: Bits of weights and activations, for example `W4A4`.
         objective: `noise` (the training loss of diffusion models on data, the paper's choice),
             `distillation` (the float model's output on noised data), or `data_free_distillation`
@@ -36,6 +38,7 @@ class QATConfig(RecipeConfig):
     """
 
     model: str
+    adapter: FrameworkName
     bits: BitsName
     objective: ObjectiveName
     weighting: WeightingName
@@ -106,8 +109,8 @@ class ComparisonConfig(QATConfig):
 
     @property
     def run_folder(self) -> Path:
-        """Where the results go; `{bits}`, `{steps}` and `{seed}` are filled in."""
-        filled = self.model_dump(include={"bits", "steps", "seed"})
+        """Where the results go; `{adapter}`, `{bits}`, `{steps}` and `{seed}` are filled in."""
+        filled = self.model_dump(include={"adapter", "bits", "steps", "seed"})
         return self.output / filled_in(self.name, **filled)
 
     @property
@@ -120,7 +123,7 @@ class NoisedImagesSection(Section):
     """Noised images at random timesteps that set the first scales."""
 
     batches: int = Field(gt=0)
-    batch_size: int = Field(gt=0)
+    batch_size: int = Field(ge=2)
 
 
 class ValidationSection(Section):
@@ -163,6 +166,6 @@ class FullSizeConfig(QATConfig):
 
     @property
     def run_folder(self) -> Path:
-        """Where the results go; `{method}`, `{bits}` and `{seed}` are filled in."""
-        filled = self.model_dump(include={"method", "bits", "seed"})
+        """Where the results go; `{adapter}`, `{method}`, `{bits}` and `{seed}` are filled in."""
+        filled = self.model_dump(include={"adapter", "method", "bits", "seed"})
         return self.output / filled_in(self.name, **filled)

@@ -50,8 +50,17 @@ class _NNCF:
         "fusion of element-wise operations"
     )
     learns_rounding = False
+    keeps_dropout = True
+    saves_dynamic = False
 
-    def prepare(self, model: UNet2DModel, data: CalibrationSet, bits: Bits) -> nn.Module:
+    def prepare(
+        self,
+        model: UNet2DModel,
+        data: CalibrationSet,
+        bits: Bits,
+        float_layers: tuple[str, ...] = (),
+        first_last_bits: int | None = 8,
+    ) -> nn.Module:
         batches = list(data.batches(_BATCH_SIZE))
         with _warnings_only(logging.getLogger("nncf")):
             quantized = nncf.quantize(
@@ -61,7 +70,15 @@ class _NNCF:
                 **tdq_quantize_settings(),
             )
         example = data.samples[:2], data.timesteps[:2]
-        return tdq.attach(prepare(quantized, example, bits.activations, bits.weights)).eval()
+        prepared = prepare(
+            quantized,
+            example,
+            bits.activations,
+            bits.weights,
+            first_last_bits=first_last_bits,
+            float_layers=float_layers,
+        )
+        return tdq.attach(prepared).to(model.device).eval()
 
     def simulate(self, model: nn.Module) -> Denoiser:
         return _Predict(model)
