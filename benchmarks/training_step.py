@@ -17,7 +17,6 @@ from int8_latency import MODELS
 from torch import nn
 
 import tdq_plugin as tdq
-from tdq_plugin.recipes.bits import Bits
 from tdq_plugin.recipes.config import CONFIG_FOLDER, load_config
 from tdq_plugin.recipes.ddim_cifar10_qat import CifarQATConfig
 from tdq_plugin.recipes.frameworks import load_framework
@@ -62,9 +61,7 @@ def step(unet: UNet2DModel, name: str, batch_size: int) -> Callable[[], Any]:
     config = load_config(CifarQATConfig, CONFIG_FOLDER / "ddim-cifar10-qat.yaml")
     section = config.training.model_copy(update={"batch_size": batch_size})
     points = CalibrationSet(torch.zeros(2, *image_shape(unet)), torch.tensor([1.0, 2.0]))
-    model = load_framework("torch_ao").prepare(
-        unet, points, Bits(4, 4), tuple(config.float_layers), first_last_bits=None
-    )
+    model = load_framework("torch_ao").prepare(unet, points, config.widths)
     apply_method(model, METHODS[name])
     images = torch.rand(16, *image_shape(unet)) * 2 - 1
     objective = Objective(NoisedImages(images, DDIMScheduler(), batch_size, seed=0))

@@ -1,12 +1,13 @@
 """Configuration of the QAT recipes: what all share, many methods compared, one in full size."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, ValidationInfo, field_validator
 
 from tdq_plugin.recipes.bits import Bits, BitsName
 from tdq_plugin.recipes.calibration import TrajectorySection
-from tdq_plugin.recipes.config import RecipeConfig, Section, filled_in
+from tdq_plugin.recipes.config import RecipeConfig, Section, filled_in, other_noise
 from tdq_plugin.recipes.correction import CorrectionSection, row_titles
 from tdq_plugin.recipes.digits_evaluation import EvaluationSection
 from tdq_plugin.recipes.frameworks import FrameworkName
@@ -100,12 +101,7 @@ class ComparisonConfig(QATConfig):
         # Absent if they are wrong themselves, which is said already.
         return section.check(info.data.get("methods", section.methods), "methods")
 
-    @field_validator("evaluation")
-    @classmethod
-    def _other_noise(cls, evaluation: EvaluationSection, info: ValidationInfo) -> EvaluationSection:
-        if evaluation.seed == info.data.get("seed"):
-            raise ValueError("with the same seed, calibration would see the noise of the test")
-        return evaluation
+    _other_noise = field_validator("evaluation")(other_noise)
 
     @property
     def run_folder(self) -> Path:
@@ -163,6 +159,12 @@ class FullSizeConfig(QATConfig):
         if name not in METHODS:
             raise ValueError(f"is no method; choose from {list(METHODS)}")
         return name
+
+    @property
+    def widths(self) -> Bits:
+        """The bits as numbers; all layers that are quantized have the same."""
+        layers = tuple(self.float_layers)
+        return replace(Bits.parse(self.bits), first_last=None, float_layers=layers)
 
     @property
     def run_folder(self) -> Path:

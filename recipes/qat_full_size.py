@@ -53,8 +53,7 @@ def prepare_method(
             "Set dropout=0.0, or another adapter."
         )
     set_dropout(model.unet, config.dropout)
-    layers = tuple(config.float_layers)
-    quantized = framework.prepare(model.unet, data, config.widths, layers, first_last_bits=None)
+    quantized = framework.prepare(model.unet, data, config.widths)
     check_methods([config.method], quantized, framework, config.adapter)
     apply_method(quantized, METHODS[config.method])
     return quantized

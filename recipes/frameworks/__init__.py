@@ -42,23 +42,13 @@ class Framework(Protocol):
     keeps_dropout: bool
     saves_dynamic: bool
 
-    def prepare(
-        self,
-        model: UNet2DModel,
-        data: CalibrationSet,
-        bits: Bits,
-        float_layers: tuple[str, ...] = (),
-        first_last_bits: int | None = 8,
-    ) -> nn.Module:
+    def prepare(self, model: UNet2DModel, data: CalibrationSet, bits: Bits) -> nn.Module:
         """The framework's prepare step, then `tdq.attach`, on the model's device; not calibrated.
 
         Args:
             model: The float model; it stays as it is.
             data: Two samples or more, for frameworks that look at activations themselves.
             bits: Of weights and activations.
-            float_layers: Layers that stay float: names, names of modules that hold layers, or
-                wildcards.
-            first_last_bits: Bits of the first and the last layer; None treats them as others.
         """
 
     def simulate(self, model: nn.Module) -> Denoiser:

@@ -43,20 +43,13 @@ class _Brevitas:
     keeps_dropout = True
     saves_dynamic = False
 
-    def prepare(
-        self,
-        model: UNet2DModel,
-        data: CalibrationSet,
-        bits: Bits,
-        float_layers: tuple[str, ...] = (),
-        first_last_bits: int | None = 8,
-    ) -> nn.Module:
+    def prepare(self, model: UNet2DModel, data: CalibrationSet, bits: Bits) -> nn.Module:
         quantized = quantize_layerwise(
             copy.deepcopy(model),
             activation_bits=bits.activations,
             weight_bits=bits.weights,
-            first_last_bits=first_last_bits,
-            float_layers=float_layers,
+            first_last_bits=bits.first_last,
+            float_layers=bits.float_layers,
         )
         return tdq.attach(quantized).to(model.device).eval()
 

@@ -53,14 +53,7 @@ class _NNCF:
     keeps_dropout = True
     saves_dynamic = False
 
-    def prepare(
-        self,
-        model: UNet2DModel,
-        data: CalibrationSet,
-        bits: Bits,
-        float_layers: tuple[str, ...] = (),
-        first_last_bits: int | None = 8,
-    ) -> nn.Module:
+    def prepare(self, model: UNet2DModel, data: CalibrationSet, bits: Bits) -> nn.Module:
         batches = list(data.batches(_BATCH_SIZE))
         with _warnings_only(logging.getLogger("nncf")):
             quantized = nncf.quantize(
@@ -75,8 +68,8 @@ class _NNCF:
             example,
             bits.activations,
             bits.weights,
-            first_last_bits=first_last_bits,
-            float_layers=float_layers,
+            first_last_bits=bits.first_last,
+            float_layers=bits.float_layers,
         )
         return tdq.attach(prepared).to(model.device).eval()
 

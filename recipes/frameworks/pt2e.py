@@ -30,20 +30,13 @@ class _PT2E:
     keeps_dropout = False
     saves_dynamic = False
 
-    def prepare(
-        self,
-        model: UNet2DModel,
-        data: CalibrationSet,
-        bits: Bits,
-        float_layers: tuple[str, ...] = (),
-        first_last_bits: int | None = 8,
-    ) -> fx.GraphModule:
+    def prepare(self, model: UNet2DModel, data: CalibrationSet, bits: Bits) -> fx.GraphModule:
         example = (data.samples[:2], data.timesteps[:2])
         quantizer = TDQQuantizer(
             bits.activations,
             bits.weights,
-            first_last_bits=first_last_bits,
-            float_layers=float_layers,
+            first_last_bits=bits.first_last,
+            float_layers=bits.float_layers,
         )
         prepared = prepare_qat_pt2e(export(copy.deepcopy(model), example), quantizer)
         return tdq.attach(prepared).to(model.device).eval()

@@ -26,22 +26,15 @@ class _TorchAO:
     keeps_dropout = True
     saves_dynamic = True
 
-    def prepare(
-        self,
-        model: UNet2DModel,
-        data: CalibrationSet,
-        bits: Bits,
-        float_layers: tuple[str, ...] = (),
-        first_last_bits: int | None = 8,
-    ) -> fx.GraphModule:
+    def prepare(self, model: UNet2DModel, data: CalibrationSet, bits: Bits) -> fx.GraphModule:
         example = (data.samples[:2], data.timesteps[:2])
         graph = tdq.trace(copy.deepcopy(model), example)
         mapping = tdq_qconfig_mapping(
             graph,
             bits.activations,
             bits.weights,
-            first_last_bits=first_last_bits,
-            float_layers=float_layers,
+            first_last_bits=bits.first_last,
+            float_layers=bits.float_layers,
         )
         prepared = prepare_qat_fx(
             graph.train(), mapping, example, backend_config=tdq_backend_config()
