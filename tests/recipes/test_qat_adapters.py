@@ -120,11 +120,14 @@ def test_dry_run(overrides: list[str], report: dict[str, Any]) -> None:
     assert f"activations, W8A4, by {adapter_of(report)}" in result.stdout
 
 
-def test_full_size(overrides: list[str], report: dict[str, Any], tmp_path: Path) -> None:
-    adapter, model = adapter_of(report), overrides[-2]
+@pytest.mark.parametrize(
+    "adapter",
+    ["brevitas", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pt2e", "nncf"))],
+)
+def test_full_size(adapter: str, tiny_pipeline: Path, tmp_path: Path) -> None:
     settings = [
         f"adapter={adapter}",
-        model,
+        f"model={tiny_pipeline}",
         f"output={tmp_path}",
         "data={source: digits, validation_images: 16}",
         "threads=1",
