@@ -14,17 +14,17 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, UNet2DModel
 from int8_latency import MODELS
-from torch import fx
+from torch import nn
 
 import tdq_plugin as tdq
-from tdq_plugin.recipes.bits import Bits
 from tdq_plugin.recipes.config import CONFIG_FOLDER, load_config
 from tdq_plugin.recipes.ddim_cifar10_qat import CifarQATConfig
+from tdq_plugin.recipes.frameworks import load_framework
 from tdq_plugin.recipes.objectives import NoisedImages, Objective
 from tdq_plugin.recipes.qat_methods import METHODS, apply_method, calibrate_bank
-from tdq_plugin.recipes.qat_model import prepare
 from tdq_plugin.recipes.sampling import image_shape
 from tdq_plugin.recipes.training import Training
+from tdq_plugin.reconstruct import CalibrationSet
 from tdq_plugin.study.latency import paired_ratios
 
 REFERENCE = "lsq"
@@ -60,7 +60,8 @@ def step(unet: UNet2DModel, name: str, batch_size: int) -> Callable[[], Any]:
     """A call that makes one training step of a method."""
     config = load_config(CifarQATConfig, CONFIG_FOLDER / "ddim-cifar10-qat.yaml")
     section = config.training.model_copy(update={"batch_size": batch_size})
-    model = prepare(unet, Bits(4, 4), tuple(config.float_layers), first_last_bits=None)
+    points = CalibrationSet(torch.zeros(2, *image_shape(unet)), torch.tensor([1.0, 2.0]))
+    model = load_framework("torch_ao").prepare(unet, points, config.widths)
     apply_method(model, METHODS[name])
     images = torch.rand(16, *image_shape(unet)) * 2 - 1
     objective = Objective(NoisedImages(images, DDIMScheduler(), batch_size, seed=0))
@@ -70,7 +71,7 @@ def step(unet: UNet2DModel, name: str, batch_size: int) -> Callable[[], Any]:
     return lambda: training.advance(objective)
 
 
-def calibrate(model: fx.GraphModule, name: str, objective: Objective) -> None:
+def calibrate(model: nn.Module, name: str, objective: Objective) -> None:
     """Start the scales from one batch."""
     batch = objective.batch(0, slice(None))
     data = [(batch.samples, batch.timesteps)]

@@ -11,10 +11,20 @@ __all__ = ["Bits", "BitsName"]
 
 @dataclass(frozen=True)
 class Bits:
-    """Bits of weights and activations, written `W8A4`."""
+    """Bits of weights and activations, written `W8A4`.
+
+    Attributes:
+        weights: Of weights.
+        activations: Of activations.
+        first_last: Of both in the first and the last layer; None treats them as others.
+        float_layers: Layers that are not quantized: names, names of modules that hold layers, or
+            wildcards.
+    """
 
     weights: int
     activations: int
+    first_last: int | None = 8
+    float_layers: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> "Bits":
@@ -24,8 +34,8 @@ class Bits:
             ValueError: It is not of the form `W8A4`, or there are less than 2 or more than 8 bits.
 
         Example:
-            >>> Bits.parse("W8A4")
-            Bits(weights=8, activations=4)
+            >>> Bits.parse("W8A4").activations
+            4
         """
         found = re.fullmatch("W([2-8])A([2-8])", text)
         if found is None:

@@ -14,7 +14,7 @@ from tdq_plugin.recipes.float_model import FloatModel
 from tdq_plugin.recipes.sampling import scheduler_with
 from tdq_plugin.reconstruct import CalibrationSet, TimestepDistribution, collect_trajectories
 
-__all__ = ["CalibrationSection", "TrajectorySection", "collect", "observe"]
+__all__ = ["CalibrationSection", "TrajectorySection", "collect", "observe", "thinned"]
 
 SEEDS_APART = 2**20
 
@@ -88,6 +88,12 @@ def collect(
         torch.cat([part.samples for part in parts]).to(device),
         torch.cat([part.timesteps for part in parts]).to(device),
     )
+
+
+def thinned(data: CalibrationSet, count: int) -> CalibrationSet:
+    """About `count` of the points, from all timesteps alike, as points are grouped by timestep."""
+    stride = max(1, len(data) // count)
+    return CalibrationSet(data.samples[::stride], data.timesteps[::stride])
 
 
 def observe(

@@ -3,10 +3,10 @@
 import os
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Protocol, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
 
 from tdq_plugin.errors import ConfigError
 
@@ -16,6 +16,7 @@ __all__ = [
     "Section",
     "filled_in",
     "load_config",
+    "other_noise",
     "require_writable",
 ]
 
@@ -49,6 +50,24 @@ class Section(BaseModel):
     """A part of a configuration that several recipes share."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Seeded(Protocol):
+    seed: int
+
+
+Seeded = TypeVar("Seeded", bound=_Seeded)
+
+
+def other_noise(evaluation: Seeded, info: ValidationInfo) -> Seeded:
+    """A pydantic validator: the evaluation has another seed than the recipe.
+
+    Raises:
+        ValueError: It has not, so that calibration would see the noise of the test.
+    """
+    if evaluation.seed == info.data.get("seed"):
+        raise ValueError("with the same seed, calibration would see the noise of the test")
+    return evaluation
 
 
 def filled_in(name: str, **values: Any) -> str:

@@ -12,17 +12,20 @@ import torch
 
 from tdq_plugin.recipes.best_checkpoints import BestCheckpoints
 from tdq_plugin.recipes.float_model import load_float_model
+from tdq_plugin.recipes.frameworks import load_framework
 from tdq_plugin.recipes.image_data import load_images
 from tdq_plugin.recipes.image_quality import FEATURE_SPACES, require_features
 from tdq_plugin.recipes.plan import Plan
 from tdq_plugin.recipes.qat_config import FullSizeConfig
 from tdq_plugin.recipes.qat_full_size import (
+    calibration_batch,
     judge_best,
     plan_of,
     prepare_method,
     train_best,
 )
 from tdq_plugin.recipes.qat_stages import start
+from tdq_plugin.reconstruct import CalibrationSet
 
 __all__ = ["CifarQATConfig", "plan", "run"]
 
@@ -37,7 +40,9 @@ def plan(config: CifarQATConfig) -> Plan:
     """Check model and data, and say what a run would do."""
     torch.set_num_threads(config.threads)
     model = load_float_model(config.model)
-    return plan_of(RECIPE, config, model, prepare_method(config, model))
+    points = CalibrationSet(torch.zeros(2, *model.latent_shape), torch.zeros(2))
+    quantized = prepare_method(config, load_framework(config.adapter), model, points)
+    return plan_of(RECIPE, config, model, quantized)
 
 
 def run(config: CifarQATConfig) -> Path:
@@ -47,7 +52,8 @@ def run(config: CifarQATConfig) -> Path:
     run.accelerator.print(f"Features: {FEATURE_SPACES[config.evaluation.features]}")
     with run.accelerator.main_process_first():
         images, held_out = load_images(config.data, run.model.image_shape)
-    quantized = prepare_method(config, run.model)
+    batch = calibration_batch(run, images)
+    quantized = prepare_method(config, run.framework, run.model, batch)
     best = BestCheckpoints(run.state.folder / "weights", config.validation.keep)
     train_best(run, quantized, images, held_out, best)
     judge_best(RECIPE, run, quantized, images, best)

@@ -22,7 +22,7 @@ from tdq_plugin.recipes.bits import Bits, BitsName
 from tdq_plugin.recipes.calibration import TrajectorySection, collect, observe
 from tdq_plugin.recipes.config import RecipeConfig, filled_in
 from tdq_plugin.recipes.float_model import load_float_model
-from tdq_plugin.recipes.qat_model import prepare
+from tdq_plugin.recipes.frameworks import load_framework
 from tdq_plugin.recipes.report_parts import command, dynamics, versions
 from tdq_plugin.recipes.run_state import RunState
 
@@ -61,7 +61,7 @@ def run(config: RangesConfig) -> Path:
     state = RunState(config.run_folder, config.model_dump(mode="json"))
     model = load_float_model(config.model)
     points = collect(config.calibration.of_the_sampler(), model, config.steps, config.seed)
-    quantized = prepare(model.unet, Bits.parse(config.bits)).eval()
+    quantized = load_framework("torch_ao").prepare(model.unet, points, Bits.parse(config.bits))
     observations = observe(quantized, points)
     bank = tdq.scale_bank(quantized)
     grids = dict(zip(bank.names, bank.grids, strict=True))

@@ -11,21 +11,24 @@ from pathlib import Path
 
 import torch
 from pydantic import Field
-from torch import fx
+from torch import nn
 
 from tdq_plugin.recipes.best_checkpoints import BestCheckpoints
 from tdq_plugin.recipes.float_model import FloatModel, load_float_model, set_attention_heads
+from tdq_plugin.recipes.frameworks import Framework, load_framework
 from tdq_plugin.recipes.image_data import load_images
 from tdq_plugin.recipes.image_quality import FEATURE_SPACES, require_features
 from tdq_plugin.recipes.plan import Plan
 from tdq_plugin.recipes.qat_config import FullSizeConfig
 from tdq_plugin.recipes.qat_full_size import (
+    calibration_batch,
     judge_best,
     plan_of,
     prepare_method,
     train_best,
 )
 from tdq_plugin.recipes.qat_stages import start
+from tdq_plugin.reconstruct import CalibrationSet
 
 __all__ = ["ChurchesQATConfig", "plan", "quantize", "run"]
 
@@ -47,7 +50,9 @@ def plan(config: ChurchesQATConfig) -> Plan:
     """Check model and data, and say what a run would do."""
     torch.set_num_threads(config.threads)
     model = load_float_model(config.model)
-    return plan_of(RECIPE, config, model, quantize(config, model))
+    points = CalibrationSet(torch.zeros(2, *model.latent_shape), torch.zeros(2))
+    quantized = quantize(config, load_framework(config.adapter), model, points)
+    return plan_of(RECIPE, config, model, quantized)
 
 
 def run(config: ChurchesQATConfig) -> Path:
@@ -57,7 +62,8 @@ def run(config: ChurchesQATConfig) -> Path:
     run.accelerator.print(f"Features: {FEATURE_SPACES[config.evaluation.features]}")
     with run.accelerator.main_process_first():
         images, held_out = load_images(config.data, run.model.image_shape)
-    quantized = quantize(config, run.model)
+    batch = calibration_batch(run, images)
+    quantized = quantize(config, run.framework, run.model, batch)
     best = BestCheckpoints(run.state.folder / "weights", config.validation.keep)
     train_best(run, quantized, images, held_out, best)
     judge_best(RECIPE, run, quantized, images, best)
@@ -65,8 +71,10 @@ def run(config: ChurchesQATConfig) -> Path:
     return run.state.folder
 
 
-def quantize(config: ChurchesQATConfig, model: FloatModel) -> fx.GraphModule:
+def quantize(
+    config: ChurchesQATConfig, framework: Framework, model: FloatModel, data: CalibrationSet
+) -> nn.Module:
     """A copy of the UNet that trains with quantization, with the method's scale bank."""
     if config.attention_heads is not None:
         set_attention_heads(model.unet, config.attention_heads)
-    return prepare_method(config, model)
+    return prepare_method(config, framework, model, data)

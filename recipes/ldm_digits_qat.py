@@ -9,17 +9,15 @@ from pathlib import Path
 
 from tdq_plugin.recipes.plan import Plan
 from tdq_plugin.recipes.qat_comparison import (
-    collect,
+    begin,
     evaluator_of,
     measure,
     objective_of,
-    observe,
-    plan_of,
     train_method,
 )
+from tdq_plugin.recipes.qat_comparison_plan import plan_of
 from tdq_plugin.recipes.qat_config import ComparisonConfig
 from tdq_plugin.recipes.qat_report import write_results
-from tdq_plugin.recipes.qat_stages import start
 
 __all__ = ["LatentQATConfig", "plan", "run"]
 
@@ -34,23 +32,21 @@ class LatentQATConfig(ComparisonConfig):
 
 
 def plan(config: LatentQATConfig) -> Plan:
-    """Check model and data, and say what a run would do."""
+    """Check framework, model and data, and say what a run would do."""
     return plan_of(RECIPE, config)
 
 
 def run(config: LatentQATConfig) -> Path:
     """Run or resume the recipe; return the folder with `report.html` and `report.json`."""
-    run = start(config)
-    points = collect(config, run.model)
-    observations = observe(config, run.model, points)
-    objective = objective_of(config, run.model, points)
+    comparison = begin(config)
+    objective, accelerator = objective_of(comparison), comparison.run.accelerator
     for name in config.methods:
-        train_method(run, name, observations, objective)
-        run.accelerator.wait_for_everyone()
-    if run.accelerator.is_main_process:
-        evaluator = evaluator_of(config, run.model)
-        measure(run, evaluator)
-        write_results(RECIPE, run, observations, evaluator)
-    run.accelerator.wait_for_everyone()
-    run.accelerator.end_training()
-    return run.state.folder
+        train_method(comparison, name, objective)
+        accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        evaluator = evaluator_of(comparison)
+        measure(comparison, evaluator)
+        write_results(RECIPE, comparison, evaluator)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return comparison.run.state.folder

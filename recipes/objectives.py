@@ -6,7 +6,7 @@ exact, and the number of processes that share a batch does not matter.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from diffusers import DDIMScheduler
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tdq_plugin.recipes.sampling import Denoiser
 from tdq_plugin.reconstruct import CalibrationSet
+from tdq_plugin.reconstruct.collect import first_tensor
 
 __all__ = [
     "Batch",
@@ -177,9 +178,9 @@ class Objective:
         assert drawn.noise is not None
         return Batch(samples, timesteps, drawn.noise.to(device))
 
-    def loss(self, model: Denoiser, batch: Batch) -> Tensor:
-        """Mean error over the batch, shape `()`."""
-        error = model(batch.samples, batch.timesteps) - batch.target
+    def loss(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """Mean error over the batch, shape `()`; models may return a tuple or output object."""
+        error = first_tensor(model(batch.samples, batch.timesteps)) - batch.target
         error = error.abs() if self.absolute else error.square()
         if self.weighting is None:
             return error.mean()

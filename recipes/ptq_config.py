@@ -8,7 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes.bits import Bits, BitsName
 from tdq_plugin.recipes.calibration import CalibrationSection
-from tdq_plugin.recipes.config import RecipeConfig, filled_in
+from tdq_plugin.recipes.config import RecipeConfig, filled_in, other_noise
 from tdq_plugin.recipes.correction import CorrectionSection, row_titles
 from tdq_plugin.recipes.digits_evaluation import EvaluationSection
 from tdq_plugin.recipes.frameworks import Framework, FrameworkName
@@ -101,12 +101,7 @@ class PTQConfig(RecipeConfig):
         # Absent if they are wrong themselves, which is said already.
         return section.check(info.data.get("int8_methods", section.methods), "int8_methods")
 
-    @field_validator("evaluation")
-    @classmethod
-    def _other_noise(cls, evaluation: EvaluationSection, info: ValidationInfo) -> Any:
-        if evaluation.seed == info.data.get("seed"):
-            raise ValueError("with the same seed, calibration would see the noise of the test")
-        return evaluation
+    _other_noise = field_validator("evaluation")(other_noise)
 
     @property
     def run_folder(self) -> Path:

@@ -16,7 +16,6 @@ from tdq_plugin.recipes.frameworks import Framework, load_framework
 from tdq_plugin.recipes.image_data import Images, load_all_images
 from tdq_plugin.recipes.image_quality import require_features
 from tdq_plugin.recipes.method_states import MethodStates
-from tdq_plugin.recipes.ptq_deploy import save_model
 from tdq_plugin.recipes.ptq_full_size_config import FullSizePTQConfig
 from tdq_plugin.recipes.ptq_methods import METHODS
 from tdq_plugin.recipes.ptq_quantize import Start, quantize_method
@@ -25,6 +24,7 @@ from tdq_plugin.recipes.run_state import RunState
 from tdq_plugin.recipes.sample_evaluation import SampleEvaluation
 from tdq_plugin.recipes.sample_rows import SampleRows
 from tdq_plugin.recipes.sampling import Denoiser, scheduler_with
+from tdq_plugin.recipes.saved_model import save_model
 from tdq_plugin.reconstruct import CalibrationSet
 from tdq_plugin.study.schema import SizeBytes
 
@@ -166,7 +166,7 @@ def save_models(run: FullSizePTQRun, states: MethodStates, recipe: str) -> dict[
     return {
         name: save_model(
             run.framework,
-            states.load(name).cpu(),
+            states.load(name),
             run.state.folder / "models" / name,
             run.model.unet,
             run.sampler,

@@ -6,7 +6,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from tdq_plugin.recipes.bits import Bits, BitsName
 from tdq_plugin.recipes.calibration import CalibrationSection
-from tdq_plugin.recipes.config import RecipeConfig, filled_in
+from tdq_plugin.recipes.config import RecipeConfig, filled_in, other_noise
 from tdq_plugin.recipes.correction import CorrectionSection, row_titles
 from tdq_plugin.recipes.frameworks import FrameworkName
 from tdq_plugin.recipes.image_data import ImageSection
@@ -85,14 +85,7 @@ class FullSizePTQConfig(RecipeConfig):
         # Absent if they are wrong themselves, which is said already.
         return section.check(info.data.get("methods", section.methods), "methods")
 
-    @field_validator("evaluation")
-    @classmethod
-    def _other_noise(
-        cls, evaluation: SampleEvaluationSection, info: ValidationInfo
-    ) -> SampleEvaluationSection:
-        if evaluation.seed == info.data.get("seed"):
-            raise ValueError("with the same seed, calibration would see the noise of the test")
-        return evaluation
+    _other_noise = field_validator("evaluation")(other_noise)
 
     @property
     def run_folder(self) -> Path:

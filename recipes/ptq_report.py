@@ -14,11 +14,12 @@ from tdq_plugin.recipes.evaluation import Evaluator, Result
 from tdq_plugin.recipes.frameworks import Framework
 from tdq_plugin.recipes.image_quality import FEATURE_SPACES
 from tdq_plugin.recipes.method_states import MethodStates
-from tdq_plugin.recipes.ptq_deploy import measure_latency, save_model
+from tdq_plugin.recipes.ptq_latency import measure_latency
 from tdq_plugin.recipes.ptq_methods import METHODS
 from tdq_plugin.recipes.ptq_quantize import Start
 from tdq_plugin.recipes.report_parts import command, dynamics, versions
 from tdq_plugin.recipes.run_state import RunState
+from tdq_plugin.recipes.saved_model import save_model
 from tdq_plugin.study import write_report
 from tdq_plugin.study.figures import error_over_timesteps, sample_grid, scale_curves
 from tdq_plugin.study.schema import Report, ReportRow

@@ -1,14 +1,16 @@
 """Configuration of the QAT recipes: what all share, many methods compared, one in full size."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, ValidationInfo, field_validator
 
 from tdq_plugin.recipes.bits import Bits, BitsName
 from tdq_plugin.recipes.calibration import TrajectorySection
-from tdq_plugin.recipes.config import RecipeConfig, Section, filled_in
+from tdq_plugin.recipes.config import RecipeConfig, Section, filled_in, other_noise
 from tdq_plugin.recipes.correction import CorrectionSection, row_titles
 from tdq_plugin.recipes.digits_evaluation import EvaluationSection
+from tdq_plugin.recipes.frameworks import FrameworkName
 from tdq_plugin.recipes.image_data import DataSection
 from tdq_plugin.recipes.objectives import ObjectiveName, WeightingName
 from tdq_plugin.recipes.qat_methods import METHODS
@@ -24,6 +26,7 @@ class QATConfig(RecipeConfig):
 
     Attributes:
         model: Folder of a saved diffusers pipeline with a UNet2DModel, or a hub repository.
+        adapter: The quantization framework.
         bits: Bits of weights and activations, for example `W4A4`.
         objective: `noise` (the training loss of diffusion models on data, the paper's choice),
             `distillation` (the float model's output on noised data), or `data_free_distillation`
@@ -36,6 +39,7 @@ class QATConfig(RecipeConfig):
     """
 
     model: str
+    adapter: FrameworkName
     bits: BitsName
     objective: ObjectiveName
     weighting: WeightingName
@@ -97,17 +101,12 @@ class ComparisonConfig(QATConfig):
         # Absent if they are wrong themselves, which is said already.
         return section.check(info.data.get("methods", section.methods), "methods")
 
-    @field_validator("evaluation")
-    @classmethod
-    def _other_noise(cls, evaluation: EvaluationSection, info: ValidationInfo) -> EvaluationSection:
-        if evaluation.seed == info.data.get("seed"):
-            raise ValueError("with the same seed, calibration would see the noise of the test")
-        return evaluation
+    _other_noise = field_validator("evaluation")(other_noise)
 
     @property
     def run_folder(self) -> Path:
-        """Where the results go; `{bits}`, `{steps}` and `{seed}` are filled in."""
-        filled = self.model_dump(include={"bits", "steps", "seed"})
+        """Where the results go; `{adapter}`, `{bits}`, `{steps}` and `{seed}` are filled in."""
+        filled = self.model_dump(include={"adapter", "bits", "steps", "seed"})
         return self.output / filled_in(self.name, **filled)
 
     @property
@@ -120,7 +119,7 @@ class NoisedImagesSection(Section):
     """Noised images at random timesteps that set the first scales."""
 
     batches: int = Field(gt=0)
-    batch_size: int = Field(gt=0)
+    batch_size: int = Field(ge=2)
 
 
 class ValidationSection(Section):
@@ -162,7 +161,13 @@ class FullSizeConfig(QATConfig):
         return name
 
     @property
+    def widths(self) -> Bits:
+        """The bits as numbers; all layers that are quantized have the same."""
+        layers = tuple(self.float_layers)
+        return replace(Bits.parse(self.bits), first_last=None, float_layers=layers)
+
+    @property
     def run_folder(self) -> Path:
-        """Where the results go; `{method}`, `{bits}` and `{seed}` are filled in."""
-        filled = self.model_dump(include={"method", "bits", "seed"})
+        """Where the results go; `{adapter}`, `{method}`, `{bits}` and `{seed}` are filled in."""
+        filled = self.model_dump(include={"adapter", "method", "bits", "seed"})
         return self.output / filled_in(self.name, **filled)

@@ -4,44 +4,62 @@ import json
 from typing import Any
 
 import torch
-from torch import fx
+from torch import nn
 from tqdm.auto import tqdm
 
 import tdq_plugin as tdq
+from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_file
 from tdq_plugin.recipes.best_checkpoints import BestCheckpoints
 from tdq_plugin.recipes.float_model import FloatModel, set_dropout
+from tdq_plugin.recipes.frameworks import Framework
 from tdq_plugin.recipes.image_data import Images, load_images
 from tdq_plugin.recipes.image_quality import FEATURE_SPACES, missing_packages
 from tdq_plugin.recipes.objectives import NoisedImages, Objective
 from tdq_plugin.recipes.plan import Plan, training_memory
 from tdq_plugin.recipes.qat_config import FullSizeConfig
-from tdq_plugin.recipes.qat_methods import METHODS, apply_method, calibrate_bank
-from tdq_plugin.recipes.qat_model import frozen, load_weights, prepare, save_integer_model
+from tdq_plugin.recipes.qat_methods import METHODS, apply_method, calibrate_bank, check_methods
+from tdq_plugin.recipes.qat_model import frozen, load_weights
 from tdq_plugin.recipes.qat_stages import QATRun, make_objective, train
 from tdq_plugin.recipes.run_state import check_folder
 from tdq_plugin.recipes.sample_evaluation import SampleEvaluation
 from tdq_plugin.recipes.sample_rows import SampleRows
 from tdq_plugin.recipes.sampling import Denoiser, scheduler_with
+from tdq_plugin.recipes.saved_model import save_model
 from tdq_plugin.recipes.training import Training
 from tdq_plugin.recipes.training_log import TrainingLog
-from tdq_plugin.reconstruct import collect_trajectories
+from tdq_plugin.reconstruct import CalibrationSet, collect_trajectories
 
-__all__ = ["judge_best", "plan_of", "prepare_method", "train_best"]
+__all__ = ["calibration_batch", "judge_best", "plan_of", "prepare_method", "train_best"]
 
 
-def prepare_method(config: FullSizeConfig, model: FloatModel) -> fx.GraphModule:
-    """A copy of the UNet with quantizers; all layers have the same bits, or stay float."""
+def prepare_method(
+    config: FullSizeConfig, framework: Framework, model: FloatModel, data: CalibrationSet
+) -> nn.Module:
+    """A copy of the UNet with quantizers; all layers have the same bits, or stay float.
+
+    Args:
+        config: Of the recipe.
+        framework: The quantization framework.
+        model: The float model.
+        data: A batch for frameworks that look at activations themselves.
+
+    Raises:
+        ConfigError: The framework cannot train the method, or has no dropout.
+    """
+    if config.dropout and not framework.keeps_dropout:
+        raise ConfigError(
+            f"dropout = {config.dropout}: the models of {config.adapter} have none in training. "
+            "Set dropout=0.0, or another adapter."
+        )
     set_dropout(model.unet, config.dropout)
-    layers = tuple(config.float_layers)
-    quantized = prepare(model.unet, config.widths, layers, first_last_bits=None)
+    quantized = framework.prepare(model.unet, data, config.widths)
+    check_methods([config.method], quantized, framework, config.adapter)
     apply_method(quantized, METHODS[config.method])
     return quantized
 
 
-def plan_of(
-    recipe: str, config: FullSizeConfig, model: FloatModel, quantized: fx.GraphModule
-) -> Plan:
+def plan_of(recipe: str, config: FullSizeConfig, model: FloatModel, quantized: nn.Module) -> Plan:
     """Check run folder and data, and say what a run would do."""
     check_folder(config.run_folder, config.model_dump(mode="json"))
     training, held_out = load_images(config.data, model.image_shape)
@@ -53,7 +71,7 @@ def plan_of(
     missing = missing_packages(config.evaluation.features)
     lines = {
         "model": f"{config.model}, {model.describe()}",
-        "method": f"{METHODS[config.method].title}, {config.bits}, "
+        "method": f"{METHODS[config.method].title}, {config.bits}, {config.adapter}, "
         f"{len(tdq.scale_bank(quantized).names)} activation quantizers",
         "data": f"{len(training):,} images and {len(held_out):,} for validation",
         "steps": f"{config.training.iterations:,} in batches of {config.training.batch_size}, "
@@ -71,7 +89,7 @@ def plan_of(
 
 def train_best(
     run: QATRun[FullSizeConfig],
-    quantized: fx.GraphModule,
+    quantized: nn.Module,
     training_images: Images,
     held_out: Images,
     best: BestCheckpoints,
@@ -105,21 +123,28 @@ def train_best(
     accelerator.wait_for_everyone()
 
 
-def _calibrate(run: QATRun[FullSizeConfig], quantized: fx.GraphModule, images: Images) -> None:
-    section, device = run.config.calibration, run.accelerator.device
+def calibration_batch(
+    run: QATRun[FullSizeConfig], images: Images, index: int = 0
+) -> CalibrationSet:
+    """Noised images at random timesteps, on the device of the run."""
     inputs = NoisedImages(
         images,
         run.model.scheduler,
-        section.batch_size,
+        run.config.calibration.batch_size,
         run.config.seed + 1,
         encode=run.model.encode,
     )
-    drawn = (inputs.draw(step, slice(None)) for step in range(section.batches))
-    batches = ((batch.samples.to(device), batch.timesteps.to(device)) for batch in drawn)
+    drawn, device = inputs.draw(index, slice(None)), run.accelerator.device
+    return CalibrationSet(drawn.samples.to(device), drawn.timesteps.to(device))
+
+
+def _calibrate(run: QATRun[FullSizeConfig], quantized: nn.Module, images: Images) -> None:
+    count = run.config.calibration.batches
+    sets = (calibration_batch(run, images, index) for index in range(count))
     shown = tqdm(
-        batches,
+        ((points.samples, points.timesteps) for points in sets),
         desc="observe ranges",
-        total=section.batches,
+        total=count,
         disable=not run.accelerator.is_main_process,
     )
     observations = tdq.calibrate(quantized.eval(), shown, warm_start=False)
@@ -142,7 +167,7 @@ def _objective(run: QATRun[FullSizeConfig], images: Images) -> Objective:
 def judge_best(
     recipe: str,
     run: QATRun[FullSizeConfig],
-    quantized: fx.GraphModule,
+    quantized: nn.Module,
     images: Images,
     best: BestCheckpoints,
 ) -> None:
@@ -153,12 +178,18 @@ def judge_best(
     for step, loss in best.losses().items():
         load_weights(quantized, best.path(step))
         with frozen(quantized, evaluation.scheduler) as model:
-            row = _row(run, f"step-{step:07d}", evaluation, model)
+            name = f"step-{step:07d}"
+            row = _row(run, name, evaluation, run.framework.simulate(model))
         rows.append(row | {"validation_loss": loss})
     if run.accelerator.is_main_process:
         load_weights(quantized, best.path(next(iter(best.losses()))))
-        save_integer_model(
-            folder / "model", quantized, run.model.unet, evaluation.scheduler, recipe
+        save_model(
+            run.framework,
+            quantized,
+            folder / "model",
+            run.model.unet,
+            evaluation.scheduler,
+            {"recipe": recipe, "method": config.method, "bits": config.bits},
         )
         results = {
             "recipe": recipe,

@@ -1,16 +1,17 @@
 """The methods of quantization-aware training: a scale bank, and what training sees of rounding."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 from torch import nn
 
 import tdq_plugin as tdq
 from tdq_plugin.calibrate import initialise_scales
+from tdq_plugin.errors import ConfigError
 from tdq_plugin.observe import Observation
 from tdq_plugin.quantizer import Estimator
+from tdq_plugin.recipes.frameworks import Framework
 from tdq_plugin.scales import (
     PAPER,
     ConstantBank,
@@ -21,7 +22,7 @@ from tdq_plugin.scales import (
 )
 from tdq_plugin.weights import WeightQuantizer
 
-__all__ = ["METHODS", "QATMethod", "apply_method", "calibrate_bank"]
+__all__ = ["METHODS", "QATMethod", "apply_method", "calibrate_bank", "check_methods"]
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,6 @@ class QATMethod:
     estimator: Estimator = "lsq"
     warm_start: bool = False
     dynamic: bool = False
-
-    @property
-    def execution(self) -> Literal["fake", "int8"]:
-        """How it is measured; the integer kernels' dynamic scales are a batch's, not an image's."""
-        return "fake" if self.dynamic else "int8"
 
 
 METHODS = {
@@ -133,6 +129,28 @@ METHODS = {
         dynamic=True,
     ),
 }
+
+
+def check_methods(
+    names: Sequence[str], model: nn.Module, framework: Framework, adapter: str
+) -> None:
+    """See that methods can be trained on a prepared model and that one of them can be saved.
+
+    Raises:
+        ConfigError: They cannot.
+    """
+    noisy = [name for name in names if METHODS[name].estimator == "nipq"]
+    if noisy and not any(isinstance(module, WeightQuantizer) for module in model.modules()):
+        others = ", ".join(name for name in names if name not in noisy)
+        raise ConfigError(
+            f"{noisy} add noise to weights, and {adapter} rounds weights itself. "
+            f"Leave them out: methods=[{others or 'lsq, tdq'}]."
+        )
+    if all(METHODS[name].dynamic for name in names) and not framework.saves_dynamic:
+        raise ConfigError(
+            f"{list(names)}: {adapter} saves no model with input-dependent scales. "
+            "Add a method, for example tdq."
+        )
 
 
 def apply_method(model: nn.Module, method: QATMethod) -> None:

@@ -2,21 +2,19 @@
 
 from typing import Any
 
-from diffusers import UNet2DModel
 from torch import Tensor
 
-from tdq_plugin.observe import Observation
 from tdq_plugin.recipes.correction import NOTE as CORRECTION
 from tdq_plugin.recipes.correction import method_of
 from tdq_plugin.recipes.evaluation import Evaluator, Result
+from tdq_plugin.recipes.frameworks import Framework
 from tdq_plugin.recipes.image_quality import FEATURE_SPACES
-from tdq_plugin.recipes.qat_comparison import trained
+from tdq_plugin.recipes.qat_comparison import Comparison, execution_of, trained
 from tdq_plugin.recipes.qat_config import ComparisonConfig
 from tdq_plugin.recipes.qat_methods import METHODS
-from tdq_plugin.recipes.qat_model import save_integer_model
-from tdq_plugin.recipes.qat_stages import QATRun
 from tdq_plugin.recipes.report_parts import command, dynamics, versions
 from tdq_plugin.recipes.run_state import RunState
+from tdq_plugin.recipes.saved_model import save_model
 from tdq_plugin.study import write_report
 from tdq_plugin.study.figures import error_over_timesteps, sample_grid
 from tdq_plugin.study.schema import Latency, Report, ReportRow
@@ -35,6 +33,7 @@ LATENT_NOTE = (
     "pixels and features are decoded by the autoencoder, which stays float; the sizes are those of "
     "the denoiser alone."
 )
+FAKE_NOTE = "This framework has no integer kernels here: models run as fake quantization."
 NOT_TIMED: Latency = {
     "float32": None,
     "static_int8": None,
@@ -44,21 +43,18 @@ NOT_TIMED: Latency = {
 }
 
 
-def write_results(
-    recipe: str,
-    run: QATRun[ComparisonConfig],
-    observations: dict[str, Observation],
-    evaluator: Evaluator,
-) -> None:
-    """Save the integer model of TDQ, or of the first method, and write the report."""
-    config, state, unet = run.config, run.state, run.model.unet
-    deployed = "tdq" if "tdq" in config.methods else config.methods[0]
-    size = save_integer_model(
+def write_results(recipe: str, comparison: Comparison, evaluator: Evaluator) -> None:
+    """Save the model of TDQ, or of the first method, and write the report."""
+    run, framework = comparison.run, comparison.run.framework
+    config, state = run.config, run.state
+    deployed = _deployed(config)
+    sizes = save_model(
+        framework,
+        trained(comparison, deployed, evaluator),
         state.folder / "model",
-        trained(run, deployed, evaluator),
-        unet,
+        run.model.unet,
         evaluator.scheduler,
-        recipe,
+        {"recipe": recipe, "method": deployed, "bits": config.bits, "steps": config.steps},
         state.correction_path(deployed) if deployed in config.correction.methods else None,
     )
     report: Report = {
@@ -67,51 +63,57 @@ def write_results(
         "seed": config.seed,
         "bits": config.bits,
         "versions": versions("tdq-plugin", "torch", "diffusers", "accelerate", "torchmetrics"),
-        "rows": _rows(config, state, evaluator),
+        "rows": _rows(config, framework, state, evaluator),
         "methods": {METHODS[name].title: METHODS[name].description for name in config.methods},
-        "notes": _notes(run),
+        "notes": _notes(comparison),
         "latency": NOT_TIMED,
-        "size_bytes": {"float32": _float_bytes(unet), "int8": size},
+        "size_bytes": sizes,
         "noise_floor": evaluator.noise_floor(),
-        "temporal_dynamics": dynamics(observations),
+        "temporal_dynamics": dynamics(comparison.observations),
     }
-    write_report(state.folder, report, _figures(config, state, evaluator))
+    write_report(state.folder, report, _figures(config, framework, state, evaluator))
 
 
-def _notes(run: QATRun[ComparisonConfig]) -> list[str]:
+def _deployed(config: ComparisonConfig) -> str:
+    """A method with a table if there is one: not every framework saves others."""
+    tables = [name for name in config.methods if not METHODS[name].dynamic]
+    return "tdq" if "tdq" in tables else (tables or config.methods)[0]
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    run = comparison.run
     latent = [] if run.model.autoencoder is None else [LATENT_NOTE]
-    return [*NOTES, *latent, *([CORRECTION] if run.config.correction.methods else [])]
+    fake = [FAKE_NOTE] if run.framework.execution == "fake" else []
+    return [*NOTES, *latent, *fake, *([CORRECTION] if run.config.correction.methods else [])]
 
 
-def _float_bytes(unet: UNet2DModel) -> int:
-    return sum(p.numel() * p.element_size() for p in unet.parameters())
-
-
-def _rows(config: ComparisonConfig, state: RunState, evaluator: Evaluator) -> list[ReportRow]:
+def _rows(
+    config: ComparisonConfig, framework: Framework, state: RunState, evaluator: Evaluator
+) -> list[ReportRow]:
     common = {"samples": config.evaluation.samples, "feature_space": FEATURE_SPACES["digits"]}
     rows: list[Any] = [
         {"method": "float32", "execution": "float32", **evaluator.float_metrics(), **common}
     ]
     for name, title in config.rows.items():
-        measured = {**_result(state, name).metrics, **common}
-        execution = METHODS[method_of(name)].execution
+        execution = execution_of(framework, method_of(name))
+        measured = {**_result(framework, state, name).metrics, **common}
         rows.append({"method": title, "key": name, "execution": execution} | measured)
     return rows
 
 
-def _result(state: RunState, name: str) -> Result:
-    result = state.result(name, METHODS[method_of(name)].execution)
+def _result(framework: Framework, state: RunState, name: str) -> Result:
+    result = state.result(name, execution_of(framework, method_of(name)))
     assert result is not None
     return result
 
 
 def _figures(
-    config: ComparisonConfig, state: RunState, evaluator: Evaluator
+    config: ComparisonConfig, framework: Framework, state: RunState, evaluator: Evaluator
 ) -> dict[str, tuple[bytes, str]]:
     images: dict[str, Tensor] = {"float32": evaluator.images}
     curves = {}
     for name, title in config.rows.items():
-        result = _result(state, name)
+        result = _result(framework, state, name)
         images[title] = result.images
         curves[title] = (result.timesteps, result.errors)
     return {

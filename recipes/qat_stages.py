@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from tdq_plugin.recipes.float_model import FloatModel, load_float_model
+from tdq_plugin.recipes.frameworks import Framework, load_framework
 from tdq_plugin.recipes.image_data import Images
 from tdq_plugin.recipes.objectives import (
     FloatTrajectories,
@@ -35,20 +36,23 @@ class QATRun(Generic[Config_co]):
 
     Attributes:
         config: Of the recipe.
+        framework: The quantization framework.
         model: The float model, on the device of the run.
         accelerator: Its processes and devices.
         state: What is finished so far.
     """
 
     config: Config_co
+    framework: Framework
     model: FloatModel
     accelerator: Accelerator
     state: RunState
 
 
 def start(config: Config) -> QATRun[Config]:
-    """Load the float model, and begin or resume a run."""
+    """Load framework and float model, and begin or resume a run."""
     torch.set_num_threads(config.threads)
+    framework = load_framework(config.adapter)
     settings = config.model_dump(mode="json")
     accelerator = make_accelerator(
         config.run_folder, config.training.mixed_precision, config.trackers, settings
@@ -56,7 +60,7 @@ def start(config: Config) -> QATRun[Config]:
     with accelerator.main_process_first():
         model = load_float_model(config.model)
         state = RunState(config.run_folder, settings)
-    return QATRun(config, model.to(accelerator.device), accelerator, state)
+    return QATRun(config, framework, model.to(accelerator.device), accelerator, state)
 
 
 def make_objective(

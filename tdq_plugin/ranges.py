@@ -1,12 +1,12 @@
 """From observed values to a scale and a zero point."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from tdq_plugin.errors import ConfigError
 from tdq_plugin.grid import QuantizationGrid
+from tdq_plugin.options import check_option
 from tdq_plugin.scales.bank import SCALE_FLOOR
 
 __all__ = ["RangeMethod", "search_range", "search_scale"]
@@ -90,8 +90,7 @@ def rounding_error(
 def _outer_range(
     values: Tensor, method: RangeMethod, percentile: float, limits: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    if method not in ("minmax", "percentile", "mse"):
-        raise ConfigError(f"Range method {method!r} is not one of minmax, percentile, mse.")
+    check_option("method", method, get_args(RangeMethod))
     if method == "percentile":
         tail = (1 - percentile / 100) / 2
         edges = values.quantile(torch.tensor([tail, 1 - tail], dtype=values.dtype), dim=1)

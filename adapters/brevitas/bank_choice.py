@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.grid import QuantizationGrid
+from tdq_plugin.options import check_option
 from tdq_plugin.scales import ConstantBank, GeneratorBank, GeneratorConfig, LearnedTableBank
 from tdq_plugin.scales.bank import TrainableBank
 
@@ -41,8 +42,7 @@ class BankChoice:
     options: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kind not in _BANKS:
-            raise ConfigError(f"tdq_bank = {self.kind!r} is not one of {', '.join(_BANKS)}.")
+        check_option("tdq_bank", self.kind, _BANKS)
         _, known = _BANKS[self.kind]
         for name, value in self.options:
             if name not in known:

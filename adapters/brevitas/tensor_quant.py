@@ -17,6 +17,7 @@ from tdq_plugin.errors import AdapterError, ConfigError
 from tdq_plugin.fake_quantize import per_sample
 from tdq_plugin.grid import QuantizationGrid
 from tdq_plugin.hooks import ScaleRow
+from tdq_plugin.options import check_option
 from tdq_plugin.quantizer import ActivationQuantizer, Estimator
 
 __all__ = ["TDQTensorQuant"]
@@ -65,7 +66,7 @@ class TDQTensorQuant(nn.Module):
         self.int_quant, self.msb_clamp_bit_width_impl = int_quant, bit_width_impl
         self.restrict = _restriction(restrict_scaling_impl)
         self.quantizer: ActivationQuantizer
-        _check_estimator(tdq_estimator)
+        check_option("tdq_estimator", tdq_estimator, (*get_args(Estimator), "brevitas"))
         if tdq_estimator == "brevitas":
             self.quantizer = BrevitasActivationQuantizer(tdq_grid, int_quant, bit_width_impl)
         else:
@@ -160,12 +161,6 @@ def _restriction(impl: nn.Module) -> nn.Module | None:
         f"restrict_scaling_type is solved to {type(impl).__name__}. A TDQ activation takes 'fp', "
         "'log_fp' or 'power_of_two'."
     )
-
-
-def _check_estimator(name: str) -> None:
-    known = (*get_args(Estimator), "brevitas")
-    if name not in known:
-        raise ConfigError(f"tdq_estimator = {name!r} is not one of {', '.join(known)}.")
 
 
 def _check_granularity(bit_width_impl: nn.Module, scaling_shape: tuple[int, ...]) -> None:

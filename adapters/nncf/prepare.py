@@ -1,6 +1,8 @@
 """`prepare`: give the quantizers that `nncf.quantize` placed to TDQ."""
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from nncf.torch.function_hook import get_hook_storage
@@ -14,6 +16,7 @@ from tdq_plugin.adapters.nncf.quantizer import TDQQuantizer
 from tdq_plugin.adapters.nncf.weights import weight_quantizer
 from tdq_plugin.errors import AdapterError, TimestepError
 from tdq_plugin.grid import check_bits
+from tdq_plugin.layer_names import choose_layers
 from tdq_plugin.timestep import find_timestep_argument
 
 __all__ = ["prepare"]
@@ -28,6 +31,7 @@ def prepare(
     weight_bits: int = 8,
     first_last_bits: int | None = 8,
     timestep_argument: str | None = None,
+    float_layers: Sequence[str] = (),
 ) -> Model:
     """Exchange NNCF's activation quantizers for TDQ's; in place. `tdq_plugin.attach` comes next.
 
@@ -44,6 +48,8 @@ def prepare(
         first_last_bits: Bits of the first and last layer, as is usual; None treats them as others.
         timestep_argument: Name of forward's argument that holds the timestep, if it is not
             `timestep`, `timesteps` or `t`.
+        float_layers: Layers that lose their quantizers: names, names of modules that hold layers,
+            or wildcards. An input that NNCF quantizes for other layers as well stays quantized.
 
     Returns:
         The model.
@@ -51,25 +57,26 @@ def prepare(
     Raises:
         AdapterError: NNCF did not quantize the model, it quantized the timestep's path, or it
             made a quantizer that TDQ cannot use. The model is as it was.
-        ConfigError: Bits are not 2 to 8.
+        ConfigError: Bits are not 2 to 8, or an entry of `float_layers` matches no layer.
         TimestepError: The model has no timestep argument, or the example gives no tensor for it.
     """
     check_bits(activation_bits, weight_bits, first_last_bits)
     sites = _sites(model, example_inputs, timestep_argument)
     names = layers(sites)
     outer = {*names[:1], *names[-1:]} if first_last_bits is not None else set()
+    used = _without(sites, choose_layers(names, float_layers))
 
     def bits_of(site: Site, bits: int) -> int:
         is_outer = any(operand.layer in outer for operand in site.operands)
         return first_last_bits if is_outer and first_last_bits is not None else bits
 
     exchanged: list[tuple[Site, nn.Module]] = []
-    for site in sites:
+    for site in used:
         if site.weight is not None:
             weight = model.get_parameter(site.weight)
             bits = bits_of(site, weight_bits)
             exchanged.append((site, weight_quantizer(site.quantizer, weight, bits)))
-    named = _name([site for site in sites if site.weight is None and site.operands])
+    named = _name([site for site in used if site.weight is None])
     for order, (name, site) in enumerate(named.items()):
         site.quantizer.num_bits = bits_of(site, activation_bits)
         exchanged.append((site, TDQQuantizer.from_native(site.quantizer, name, order)))
@@ -113,6 +120,16 @@ def _check(site: Site, timestep: str, sample: str) -> None:
             "TDQ has one for each timestep. Call nncf.quantize with per_channel=False in "
             "activations_quantization_params, as in tdq_quantize_settings()."
         )
+
+
+def _without(sites: list[Site], float_layers: list[str]) -> list[Site]:
+    """The sites that quantize operands of other layers or of products, with these operands."""
+    excluded = set(float_layers)
+    used = (
+        replace(site, operands=tuple(o for o in site.operands if o.layer not in excluded))
+        for site in sites
+    )
+    return [site for site in used if site.operands]
 
 
 def _name(sites: list[Site]) -> dict[str, Site]:

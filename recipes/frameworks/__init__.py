@@ -25,27 +25,37 @@ FRAMEWORKS = tuple(_EXTRAS)
 
 
 class Framework(Protocol):
-    """One framework's side of the PTQ recipes.
+    """One framework's side of the recipes.
 
     Attributes:
         execution: How a deployed model runs: on integer kernels, or as fake quantization.
         latency_unit: What the latencies of the report are relative to.
         learns_rounding: Whether reconstruction can learn the rounding of the weights; else they
             keep the framework's own.
+        keeps_dropout: Whether a prepared model drops out in training mode.
+        saves_dynamic: Whether `save` takes a model with input-dependent scales.
     """
 
     execution: Literal["int8", "fake"]
     latency_unit: str
     learns_rounding: bool
+    keeps_dropout: bool
+    saves_dynamic: bool
 
     def prepare(self, model: UNet2DModel, data: CalibrationSet, bits: Bits) -> nn.Module:
-        """The framework's prepare step, then `tdq.attach`; the model given stays as it is."""
+        """The framework's prepare step, then `tdq.attach`, on the model's device; not calibrated.
+
+        Args:
+            model: The float model; it stays as it is.
+            data: Two samples or more, for frameworks that look at activations themselves.
+            bits: Of weights and activations.
+        """
 
     def simulate(self, model: nn.Module) -> Denoiser:
         """The fake-quantized model, ready for many calls."""
 
     def deploy(self, model: nn.Module) -> Denoiser:
-        """The frozen model as a user of the framework runs it."""
+        """The frozen model as a user of the framework runs it; its scales are a table's."""
 
     def deploy_dynamic(self, model: nn.Module) -> Denoiser | None:
         """The same with input-dependent scales, for comparison, where the framework has them."""

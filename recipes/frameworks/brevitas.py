@@ -40,12 +40,18 @@ class _Brevitas:
         "them, by fake quantization in float32"
     )
     learns_rounding = False
+    keeps_dropout = True
+    saves_dynamic = False
 
     def prepare(self, model: UNet2DModel, data: CalibrationSet, bits: Bits) -> nn.Module:
         quantized = quantize_layerwise(
-            copy.deepcopy(model), activation_bits=bits.activations, weight_bits=bits.weights
+            copy.deepcopy(model),
+            activation_bits=bits.activations,
+            weight_bits=bits.weights,
+            first_last_bits=bits.first_last,
+            float_layers=bits.float_layers,
         )
-        return tdq.attach(quantized).eval()
+        return tdq.attach(quantized).to(model.device).eval()
 
     def simulate(self, model: nn.Module) -> Denoiser:
         return _Inference(model)

@@ -50,6 +50,8 @@ class _NNCF:
         "fusion of element-wise operations"
     )
     learns_rounding = False
+    keeps_dropout = True
+    saves_dynamic = False
 
     def prepare(self, model: UNet2DModel, data: CalibrationSet, bits: Bits) -> nn.Module:
         batches = list(data.batches(_BATCH_SIZE))
@@ -61,7 +63,15 @@ class _NNCF:
                 **tdq_quantize_settings(),
             )
         example = data.samples[:2], data.timesteps[:2]
-        return tdq.attach(prepare(quantized, example, bits.activations, bits.weights)).eval()
+        prepared = prepare(
+            quantized,
+            example,
+            bits.activations,
+            bits.weights,
+            first_last_bits=bits.first_last,
+            float_layers=bits.float_layers,
+        )
+        return tdq.attach(prepared).to(model.device).eval()
 
     def simulate(self, model: nn.Module) -> Denoiser:
         return _Predict(model)

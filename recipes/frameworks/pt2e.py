@@ -27,12 +27,19 @@ class _PT2E:
         "operator by operator in float32, before a backend compiles them"
     )
     learns_rounding = False
+    keeps_dropout = False
+    saves_dynamic = False
 
     def prepare(self, model: UNet2DModel, data: CalibrationSet, bits: Bits) -> fx.GraphModule:
         example = (data.samples[:2], data.timesteps[:2])
-        quantizer = TDQQuantizer(bits.activations, bits.weights)
+        quantizer = TDQQuantizer(
+            bits.activations,
+            bits.weights,
+            first_last_bits=bits.first_last,
+            float_layers=bits.float_layers,
+        )
         prepared = prepare_qat_pt2e(export(copy.deepcopy(model), example), quantizer)
-        return tdq.attach(prepared).eval()
+        return tdq.attach(prepared).to(model.device).eval()
 
     def simulate(self, model: fx.GraphModule) -> fx.GraphModule:
         return model

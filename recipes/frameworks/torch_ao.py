@@ -23,22 +23,31 @@ class _TorchAO:
     execution = "int8"
     latency_unit = "ratio to static_int8, median of paired runs"
     learns_rounding = True
+    keeps_dropout = True
+    saves_dynamic = True
 
     def prepare(self, model: UNet2DModel, data: CalibrationSet, bits: Bits) -> fx.GraphModule:
         example = (data.samples[:2], data.timesteps[:2])
         graph = tdq.trace(copy.deepcopy(model), example)
-        mapping = tdq_qconfig_mapping(graph, bits.activations, bits.weights)
+        mapping = tdq_qconfig_mapping(
+            graph,
+            bits.activations,
+            bits.weights,
+            first_last_bits=bits.first_last,
+            float_layers=bits.float_layers,
+        )
         prepared = prepare_qat_fx(
             graph.train(), mapping, example, backend_config=tdq_backend_config()
         )
         copy_module_paths(graph.graph, prepared.graph)
-        return tdq.attach(prepared).eval()
+        return tdq.attach(prepared).to(model.device).eval()
 
     def simulate(self, model: fx.GraphModule) -> fx.GraphModule:
         return model
 
     def deploy(self, model: fx.GraphModule) -> fx.GraphModule:
-        return lower_to_int8(model)
+        dynamic = any(quantizer.mode == "dynamic" for _, quantizer in tdq.named_quantizers(model))
+        return lower_to_int8(model, activations="dynamic" if dynamic else "table")
 
     def deploy_dynamic(self, model: fx.GraphModule) -> fx.GraphModule:
         return lower_to_int8(model, activations="dynamic")
@@ -47,7 +56,7 @@ class _TorchAO:
         return tdq.trace(model, (data.samples[:2], data.timesteps[:2]))
 
     def save(self, model: fx.GraphModule, folder: Path, extra: dict[str, Any]) -> None:
-        save_int8(lower_to_int8(model), folder, extra=extra)
+        save_int8(self.deploy(model), folder, extra=extra)
 
 
 FRAMEWORK: Framework = _TorchAO()  # type: ignore[assignment]

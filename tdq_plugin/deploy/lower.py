@@ -19,10 +19,11 @@ from tdq_plugin.deploy.weights import (
     int8_layer,
     weight_quantizer,
 )
-from tdq_plugin.errors import AdapterError, ConfigError, LookupRuleError
+from tdq_plugin.errors import AdapterError, LookupRuleError
 from tdq_plugin.graph.compute import is_layer
 from tdq_plugin.graph.timestep_node import find_timestep_node
 from tdq_plugin.graph.timestep_path import Source, sources
+from tdq_plugin.options import check_option
 from tdq_plugin.quantizer import ActivationQuantizer
 from tdq_plugin.scales.frozen import FrozenBank
 
@@ -77,8 +78,7 @@ def lower_to_int8(
         LookupRuleError: The cache was asked for with a lookup rule other than `exact`.
         TraceError: The timestep path cannot be tabulated.
     """
-    if activations not in get_args(Activations):
-        raise ConfigError(f"activations={activations!r} is not 'table' or 'dynamic'.")
+    check_option("activations", activations, get_args(Activations))
     bank = _frozen_bank(model)
     if cache_timestep_path and bank.lookup != "exact":
         raise LookupRuleError(

@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from tdq_plugin.errors import CalibrationError, ConfigError
+from tdq_plugin.errors import CalibrationError
+from tdq_plugin.options import check_option
 
 __all__ = [
     "CalibrationSet",
@@ -125,8 +126,7 @@ def samples_per_step(
         >>> samples_per_step(3, 256, "uniform", (3, 32, 32), byte_budget=2**20)
         [28, 28, 28]
     """
-    if distribution not in get_args(TimestepDistribution):
-        raise ConfigError(f"distribution = {distribution!r} is not uniform or normal.")
+    check_option("distribution", distribution, get_args(TimestepDistribution))
     affordable = byte_budget // (torch.Size(sample_shape).numel() * 4)
     if affordable < steps:
         raise CalibrationError(

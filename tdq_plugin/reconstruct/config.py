@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from tdq_plugin.errors import ConfigError
+from tdq_plugin.options import check_option
 from tdq_plugin.reconstruct.blocks import Granularity
 
 __all__ = ["ReconstructionConfig"]
@@ -46,5 +47,4 @@ class ReconstructionConfig:
         counts = self.iterations, self.batch_size
         if min(counts) < 1 or min(rates) <= 0 or self.zero_point_learning_rate < 0:
             raise ConfigError(f"{self} needs positive numbers.")
-        if self.granularity not in get_args(Granularity):
-            raise ConfigError(f"granularity = {self.granularity!r} is not block or network.")
+        check_option("granularity", self.granularity, get_args(Granularity))

@@ -7,10 +7,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from tdq_plugin.errors import CalibrationError, ConfigError, ScaleError
+from tdq_plugin.errors import CalibrationError, ScaleError
 from tdq_plugin.fake_quantize import round_straight_through
 from tdq_plugin.float32 import Float32Module
 from tdq_plugin.grid import QuantizationGrid
+from tdq_plugin.options import check_option
 from tdq_plugin.timestep import as_timesteps
 
 __all__ = [
@@ -89,8 +90,7 @@ class TrainableBank(ScaleBank):
         timestep_zero_point: bool = False,
     ) -> None:
         super().__init__(grids)
-        if output not in get_args(Output):
-            raise ConfigError(f"output = {output!r} is not one of {', '.join(get_args(Output))}.")
+        check_option("output", output, get_args(Output))
         self.output = output
         self.timestep_zero_point = timestep_zero_point
         rows = len(self.names)

@@ -5,7 +5,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from tdq_plugin.errors import ConfigError, LookupRuleError
+from tdq_plugin.errors import LookupRuleError
+from tdq_plugin.options import check_option
 from tdq_plugin.scales.bank import ScaleBank
 from tdq_plugin.table import ScaleTable
 
@@ -33,8 +34,7 @@ class FrozenBank(ScaleBank):
 
     def __init__(self, table: ScaleTable, lookup: Lookup = "exact") -> None:
         super().__init__(table.grids)
-        if lookup not in get_args(Lookup):
-            raise ConfigError(f"lookup={lookup!r} is not one of {', '.join(get_args(Lookup))}.")
+        check_option("lookup", lookup, get_args(Lookup))
         self.lookup: Lookup = lookup
         self.register_buffer("timesteps", table.timesteps.clone())
         self.register_buffer("scales", table.scales.clone())

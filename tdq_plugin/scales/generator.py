@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.grid import QuantizationGrid
+from tdq_plugin.options import check_option
 from tdq_plugin.scales.bank import Output, TrainableBank
 from tdq_plugin.scales.encoding import (
     band_limited_frequencies,
@@ -56,10 +57,8 @@ class GeneratorConfig:
             raise ConfigError(f"encoding_size = {self.encoding_size} is not even and positive.")
         if self.depth < 1 or self.width < 1:
             raise ConfigError(f"depth = {self.depth} and width = {self.width} must be positive.")
-        for name, known in (("encoding", Encoding), ("initialisation", Initialisation)):
-            value = getattr(self, name)
-            if value not in get_args(known):
-                raise ConfigError(f"{name} = {value!r} is not one of {', '.join(get_args(known))}.")
+        check_option("encoding", self.encoding, get_args(Encoding))
+        check_option("initialisation", self.initialisation, get_args(Initialisation))
 
 
 DEFAULT = GeneratorConfig()

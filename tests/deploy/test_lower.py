@@ -344,5 +344,5 @@ def test_a_quantizer_that_measures_its_input_needs_dynamic_activations(model):
     with pytest.raises(AdapterError, match="if all are 'dynamic', pass activations='dynamic'"):
         lower_to_int8(measuring)
     lower_to_int8(measuring, activations="dynamic")
-    with pytest.raises(ConfigError, match="activations='static' is not 'table' or 'dynamic'"):
+    with pytest.raises(ConfigError, match="activations = 'static' is not one of table, dynamic"):
         lower_to_int8(model, activations="static")

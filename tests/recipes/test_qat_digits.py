@@ -198,9 +198,11 @@ def test_trained_weights_are_measured_with_other_steps(
 
 def test_only_weights_that_fit_are_taken(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no weights of 'lsq': .*lsq.safetensors does not"):
-        copy_weights(finished, "lsq", "W4A4", tmp_path / "x")
+        copy_weights(finished, "lsq", QAT.configure([]), tmp_path / "x")
     with pytest.raises(ConfigError, match=r"is a run with bits=W4A4, not W8A8\."):
-        copy_weights(finished, "dynamic", "W8A8", tmp_path / "x")
+        copy_weights(finished, "dynamic", QAT.configure(["bits=W8A8"]), tmp_path / "x")
+    with pytest.raises(ConfigError, match=r"is a run with adapter=torch_ao, not nncf\."):
+        copy_weights(finished, "dynamic", QAT.configure(["adapter=nncf"]), tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
 
 

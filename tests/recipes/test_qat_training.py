@@ -19,6 +19,7 @@ from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes.best_checkpoints import BestCheckpoints
 from tdq_plugin.recipes.bits import Bits
 from tdq_plugin.recipes.float_model import FloatModel, load_float_model
+from tdq_plugin.recipes.frameworks import load_framework
 from tdq_plugin.recipes.objectives import (
     BatchMemory,
     Drawn,
@@ -28,7 +29,7 @@ from tdq_plugin.recipes.objectives import (
     weighting_of,
 )
 from tdq_plugin.recipes.qat_methods import METHODS, apply_method, calibrate_bank
-from tdq_plugin.recipes.qat_model import frozen, load_weights, prepare, save_weights
+from tdq_plugin.recipes.qat_model import frozen, load_weights, save_weights
 from tdq_plugin.recipes.training import Training, TrainingSection, parameter_groups
 from tdq_plugin.recipes.training_log import TrainingLog, make_accelerator
 from tdq_plugin.reconstruct import CalibrationSet
@@ -63,10 +64,15 @@ def inputs(float_model: FloatModel) -> NoisedImages:
     return NoisedImages(IMAGES, float_model.scheduler, batch_size=4, seed=3, flip=True)
 
 
+def prepare(model: FloatModel) -> fx.GraphModule:
+    points = CalibrationSet(torch.zeros(2, *model.latent_shape), torch.tensor([1.0, 2.0]))
+    return load_framework("torch_ao").prepare(model.unet, points, Bits(4, 4))
+
+
 @pytest.fixture(scope="module")
 def calibrated(float_model: FloatModel) -> Any:
     """Makes a model with the scales of a method, as before training."""
-    prepared = prepare(float_model.unet, Bits(4, 4))
+    prepared = prepare(float_model)
     observed = copy.deepcopy(prepared)
     drawn = NoisedImages(IMAGES, float_model.scheduler, 16, seed=9).draw(0, slice(None))
     batch = (drawn.samples, drawn.timesteps)
@@ -241,7 +247,7 @@ def test_a_checkpoint_restores_everything(
     for _ in range(2):
         first.advance(objective)
     first.save(path)
-    uncalibrated = prepare(float_model.unet, Bits(4, 4))
+    uncalibrated = prepare(float_model)
     assert uncalibrated.get_parameter("conv_in.weight") is not float_model.unet.conv_in.weight
     apply_method(uncalibrated, METHODS["tdq"])
     second = train(uncalibrated, objective)

@@ -82,9 +82,9 @@ def test_progress_reaches_the_end_and_seeds_repeat(scheduler):
 
 
 def test_choices_that_there_are_not(scheduler):
-    with pytest.raises(ConfigError, match="distribution = 'Normal' is not uniform or normal"):
+    with pytest.raises(ConfigError, match="distribution = 'Normal' is not one of uniform, normal"):
         collect_trajectories(half, scheduler, SHAPE, distribution="Normal")
-    with pytest.raises(ConfigError, match="granularity = 'blocks' is not block or network"):
+    with pytest.raises(ConfigError, match="granularity = 'blocks' is not one of block, network"):
         ReconstructionConfig(granularity="blocks")
 
 

@@ -149,7 +149,7 @@ def test_state_dict_moves_rows_to_another_bank() -> None:
 
 
 def test_a_lookup_rule_that_there_is_not() -> None:
-    with pytest.raises(ConfigError, match="lookup='Linear' is not one of exact, nearest, linear"):
+    with pytest.raises(ConfigError, match="lookup = 'Linear' is not one of exact, nearest, linear"):
         FrozenBank(table([0.0, 10.0]), "Linear")
 
 

@@ -14,8 +14,8 @@ from tdq_plugin.adapters.brevitas.export.prepare import (
     ExportedModel,
     check_quantizers,
 )
-from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_file
+from tdq_plugin.options import check_option
 
 __all__ = ["OnnxFormat", "export_onnx"]
 
@@ -73,8 +73,7 @@ def export_onnx(
         LookupRuleError: The example's timestep is not in the table.
         ConfigError: There is no such format.
     """
-    if format not in _MANAGERS:
-        raise ConfigError(f"format = {format!r} is not one of {', '.join(_MANAGERS)}.")
+    check_option("format", format, _MANAGERS)
     exported = ExportedModel(model, example_inputs)
     check_quantizers(exported, _MANAGERS[format])
     with atomic_file(path) as temporary:

@@ -214,6 +214,24 @@ def test_first_and_last_layer(quantized, first_last_bits):
     assert weight_bits(model) == [first_last_bits or 3, 3, 3, 3, 3, first_last_bits or 3]
 
 
+def test_layers_that_stay_float(quantized):
+    everything = prepare(quantized(), example_inputs())
+    model = prepare(quantized(), example_inputs(), float_layers=["conv_down", "conv_1*"])
+    assert len(weight_bits(everything)) - len(weight_bits(model)) == 2
+    left = bits_of(tdq.attach(everything)).keys() - bits_of(tdq.attach(model)).keys()
+    assert left == {"conv_down.input", "conv_1d.input"}
+    model.eval()(*example_inputs())
+    with pytest.raises(ConfigError, match=r"'conv_up' matches none of the model's 6 layers"):
+        prepare(quantized(), example_inputs(), float_layers=["conv_up"])
+
+
+def test_an_input_that_other_layers_share_stays_quantized(quantized):
+    model = prepare(quantized(), example_inputs(), float_layers=["to_query"])
+    names = bits_of(tdq.attach(model))
+    assert "to_query.input" not in names
+    assert any(name.startswith("to_token.input") for name in names)
+
+
 class Depthwise(nn.Module):
     """A convolution that NNCF may give a scale for each channel of its input."""
 
