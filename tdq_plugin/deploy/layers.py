@@ -1,18 +1,41 @@
 """Convolutions and linear layers on onednn's integer kernels."""
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tdq_plugin.deploy.activations import Codes
+from tdq_plugin.deploy.halves import (
+    add_halves,
+    bias_of_halves,
+    has_32_bit_sums,
+    in_halves,
+    leaves_16_bits,
+)
 from tdq_plugin.fake_quantize import per_sample
 
 __all__ = ["Int8Conv", "Int8Layer", "Int8Linear"]
 
 # Float output of unit scale, and no operation after the product.
 _FLOAT_OUTPUT: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
+
+
+class PackedWeight(NamedTuple):
+    """What the kernel takes of a weight.
+
+    Attributes:
+        codes: In the kernel's own layout.
+        scale: Float32, shape `(output channels,)`.
+        zero_point: Zeros, int32, same shape.
+        in_halves: Whether there are twice as many output channels, see `halves`.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    in_halves: bool
 
 
 class Int8Layer(nn.Module):
@@ -22,23 +45,28 @@ class Int8Layer(nn.Module):
         codes: Int8 weight codes, shape of the weight.
         weight_scale: Float32, shape `(output channels,)`.
         bias: Float32, shape `(output channels,)`, or None.
+
+    Attributes:
+        largest_code: Of the activations, uint8.
+        groups: Of the channels.
+        channels: The dimension of the output's channels.
     """
 
     codes: Tensor
     weight_scale: Tensor
-    weight_zero: Tensor
     unit_scale: Tensor
     bias: Tensor | None
+    groups = 1
+    channels = -1
 
     def __init__(self, codes: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.register_buffer("codes", codes.contiguous())
         self.register_buffer("weight_scale", weight_scale.detach().clone())
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
-        zero = torch.zeros(len(codes), dtype=torch.int32)
-        self.register_buffer("weight_zero", zero, persistent=False)
         self.register_buffer("unit_scale", torch.ones(()), persistent=False)
-        self._packed: Tensor | None = None
+        self.largest_code = 255
+        self._packed: PackedWeight | None = None
 
     def forward(self, x: Codes) -> Tensor:
         """Multiply.
@@ -63,25 +91,46 @@ class Int8Layer(nn.Module):
             return product.mul_(scales)
         return torch.addcmul(self.bias_like(product), product, scales)
 
-    @abstractmethod
     def multiply(
         self, values: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None
     ) -> Tensor:
-        """The integer kernel, with a scale and zero point of shape `()`."""
+        """The layer for a scale and zero point of shape `()`."""
+        weight = self.packed_weight
+        if not weight.in_halves:
+            return self.kernel(values, scale, zero_point, weight, bias)
+        bias = None if bias is None else bias_of_halves(bias, self.groups)
+        output = self.kernel(values, scale, zero_point, weight, bias)
+        return add_halves(output, self.groups, self.channels % output.dim())
+
+    @abstractmethod
+    def kernel(
+        self,
+        values: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        weight: PackedWeight,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """The integer kernel."""
 
     @abstractmethod
     def bias_like(self, product: Tensor) -> Tensor:
         """The bias, shaped so that it broadcasts over the layer's output."""
 
     @abstractmethod
-    def pack(self) -> Tensor:
-        """The weight in the kernel's own layout."""
+    def pack(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """Codes in the kernel's own layout."""
 
     @property
-    def packed_weight(self) -> Tensor:
+    def packed_weight(self) -> PackedWeight:
         """The packed weight, made at the first call."""
         if self._packed is None:
-            self._packed = self.pack()
+            codes, scale = self.codes, self.weight_scale
+            halves = leaves_16_bits(codes, self.largest_code) and not has_32_bit_sums()
+            if halves:
+                codes, scale = in_halves(codes, scale, self.groups)
+            zero_point = torch.zeros(len(codes), dtype=torch.int32)
+            self._packed = PackedWeight(self.pack(codes, scale), scale, zero_point, halves)
         return self._packed
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,6 +151,8 @@ class Int8Conv(Int8Layer):
         layer: The convolution whose geometry and bias are taken.
     """
 
+    channels = 1
+
     def __init__(self, codes: Tensor, weight_scale: Tensor, layer: nn.Conv1d | nn.Conv2d) -> None:
         super().__init__(codes, weight_scale, layer.bias)
         assert not isinstance(layer.padding, str)
@@ -111,17 +162,23 @@ class Int8Conv(Int8Layer):
             list(layer.dilation),
             layer.groups,
         )
+        self.groups = layer.groups
 
-    def multiply(
-        self, values: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None
+    def kernel(
+        self,
+        values: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        weight: PackedWeight,
+        bias: Tensor | None,
     ) -> Tensor:
         output: Tensor = torch.ops.onednn.qconv_pointwise.tensor(
             values,
             scale,
             zero_point,
-            self.packed_weight,
-            self.weight_scale,
-            self.weight_zero,
+            weight.codes,
+            weight.scale,
+            weight.zero_point,
             bias,
             *self.geometry,
             *_FLOAT_OUTPUT,
@@ -132,10 +189,10 @@ class Int8Conv(Int8Layer):
         assert self.bias is not None
         return self.bias.reshape(-1, *[1] * (product.dim() - 2))
 
-    def pack(self) -> Tensor:
+    def pack(self, codes: Tensor, scale: Tensor) -> Tensor:
         # The activation's scale and zero point arrive with every call; these stand in for them.
         packed: Tensor = torch.ops.onednn.qconv_prepack(
-            self.codes, self.weight_scale, 1.0, 128, *self.geometry, None
+            codes, scale, 1.0, 128, *self.geometry, None
         )
         return packed
 
@@ -143,16 +200,21 @@ class Int8Conv(Int8Layer):
 class Int8Linear(Int8Layer):
     """`nn.Linear`; arguments as in `Int8Layer`."""
 
-    def multiply(
-        self, values: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None
+    def kernel(
+        self,
+        values: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        weight: PackedWeight,
+        bias: Tensor | None,
     ) -> Tensor:
         output: Tensor = torch.ops.onednn.qlinear_pointwise.tensor(
             values,
             scale,
             zero_point,
-            self.packed_weight,
-            self.weight_scale,
-            self.weight_zero,
+            weight.codes,
+            weight.scale,
+            weight.zero_point,
             bias,
             *_FLOAT_OUTPUT,
         )
@@ -162,6 +224,6 @@ class Int8Linear(Int8Layer):
         assert self.bias is not None
         return self.bias
 
-    def pack(self) -> Tensor:
-        packed: Tensor = torch.ops.onednn.qlinear_prepack(self.codes, None)
+    def pack(self, codes: Tensor, scale: Tensor) -> Tensor:
+        packed: Tensor = torch.ops.onednn.qlinear_prepack(codes, None)
         return packed

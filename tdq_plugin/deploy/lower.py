@@ -9,7 +9,13 @@ import torch
 from torch import fx, nn
 
 from tdq_plugin.attach import scale_bank
-from tdq_plugin.deploy.activations import DynamicCodes, DynamicValues, TableCodes, TableValues
+from tdq_plugin.deploy.activations import (
+    DynamicCodes,
+    DynamicValues,
+    TableCodes,
+    TableValues,
+    uint8_shift,
+)
 from tdq_plugin.deploy.lookup import TimestepLookup
 from tdq_plugin.deploy.placement import Operand, quantized_operands, quantizer_nodes
 from tdq_plugin.deploy.timestep_values import boundary_nodes, tabulate
@@ -145,10 +151,20 @@ def _lower_layers(graph_module: fx.GraphModule) -> dict[str, int]:
             continue
         if quantizers.issuperset(arguments) and has_integer_kernel(layer):
             bits[path] = quantizer.grid.bits
-            graph_module.set_submodule(path, int8_layer(layer))
+            int8 = int8_layer(layer)
+            int8.largest_code = max(_largest_code(graph_module, node) for node in arguments)
+            graph_module.set_submodule(path, int8)
         else:
             graph_module.set_submodule(path, float_layer(layer))
     return bits
+
+
+def _largest_code(graph_module: fx.GraphModule, node: object) -> int:
+    """The largest uint8 code of a quantizer."""
+    assert isinstance(node, fx.Node)
+    quantizer = graph_module.get_submodule(str(node.target))
+    assert isinstance(quantizer, ActivationQuantizer)
+    return quantizer.grid.quant_max + uint8_shift(quantizer.grid)
 
 
 def _lower_quantizers(graph_module: fx.GraphModule, dynamic: bool) -> dict[fx.Node, int]:

@@ -67,10 +67,12 @@ def method_colours(methods: Iterable[str]) -> dict[str, str]:
 
 
 def plain_ticks(axis: "Axis") -> None:
-    """Ticks of a logarithmic axis at 1, 2 and 5, written as plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    """Ticks of a drawn logarithmic axis at 1, 2 and 5, or a few, written as plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    # Where none of these may lie in between, LogLocator crowds the axis.
+    axis.set_major_locator(MaxNLocator(3) if high < 2 * low else LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
 

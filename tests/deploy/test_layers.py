@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tdq_plugin import weight_grid
+from tdq_plugin.deploy import layers
 from tdq_plugin.deploy.activations import Codes
 from tdq_plugin.deploy.weights import int8_layer
 from tdq_plugin.weights import WeightQuantizer
@@ -52,6 +53,31 @@ def relative_error(ours, exact):
 def test_layer_equals_float64_also_at_its_padding(name, zero_point):
     layer, values = layer_and_input(name)
     codes = Codes(values, torch.tensor(0.0371), torch.tensor(zero_point, dtype=torch.int32))
+    assert relative_error(int8_layer(layer)(codes), float64(layer, codes)) < 1e-6
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("zero_point", [3, [0, 7, 128, 255]])
+def test_weights_in_halves_where_sums_have_16_bits(name, zero_point, monkeypatch):
+    monkeypatch.setattr(layers, "has_32_bit_sums", lambda: False)
+    layer, values = layer_and_input(name)
+    zero_point = torch.tensor(zero_point, dtype=torch.int32)
+    scale = torch.full(zero_point.shape, 0.0371)
+    ours, codes = int8_layer(layer), Codes(values, scale, zero_point)
+    assert relative_error(ours(codes), float64(layer, codes)) < 1e-6
+    assert ours.packed_weight.in_halves
+    few_bits = int8_layer(layer)
+    few_bits.largest_code = 15
+    assert not few_bits.packed_weight.in_halves
+
+
+def test_the_largest_weights_and_activations():
+    layer = nn.Conv2d(16, 4, 3, bias=False)
+    layer.weight_fake_quant = WeightQuantizer(weight_grid(8))
+    layer.weight.data = torch.where(torch.rand_like(layer.weight) < 0.5, -1.0, 1.0)
+    layer.weight_fake_quant.initialise(layer.weight, "minmax")
+    values = torch.full((2, 16, 5, 5), 255, dtype=torch.uint8)
+    codes = Codes(values, torch.tensor(1.0), torch.tensor(0, dtype=torch.int32))
     assert relative_error(int8_layer(layer)(codes), float64(layer, codes)) < 1e-6
 
 

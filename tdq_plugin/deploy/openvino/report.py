@@ -3,6 +3,8 @@
 import warnings
 from dataclasses import dataclass
 
+from tdq_plugin.deploy.halves import has_32_bit_sums
+
 __all__ = ["ConversionReport"]
 
 
@@ -48,7 +50,15 @@ class ConversionReport:
         return "\n".join(lines)
 
     def warn(self) -> None:
-        """Warn of layers that lost their integer kernel, if there are any."""
+        """Warn of layers that lost their integer kernel, and of a CPU whose sums have 16 bits."""
+        if self.integer_layers and not has_32_bit_sums():
+            warnings.warn(
+                "This CPU has no VNNI: OpenVINO's int8 kernels add pairs of products in 16 bits "
+                "and cut off sums that do not fit, so layers with 8 bits on both sides may give "
+                "other values here. Run the model on a CPU with VNNI, or prepare it with weights "
+                "of 7 bits.",
+                stacklevel=3,
+            )
         if self.lost_layers:
             warnings.warn(
                 "With static scales, these layers would run on int8 kernels; with scales of the "

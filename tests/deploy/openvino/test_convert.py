@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from contract.networks import BATCHES, STEPS, TinyDenoiser, example_inputs
+from cpu import needs_vnni
 from deploy.networks import SAMPLE, frozen, frozen_tiny, prepared
 from deploy.test_layers import relative_error
 from deploy.test_lower import SharedInput, labelled
@@ -62,6 +63,7 @@ def test_every_layer_runs_on_integers_and_products_stay_float(tiny):
     }
 
 
+@needs_vnni
 @pytest.mark.parametrize("timestep", [*STEPS, MIXED])
 def test_the_model_is_the_trained_one_and_a_wrong_step_is_not(tiny, timestep):
     frozen_model, model = tiny
@@ -71,6 +73,7 @@ def test_the_model_is_the_trained_one_and_a_wrong_step_is_not(tiny, timestep):
     assert relative_to_quantization(frozen_model, model(SAMPLE, wrong), timestep) > 1
 
 
+@needs_vnni
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_any_batch_size_with_one_or_several_timesteps(tiny, batch):
     frozen_model, model = tiny
@@ -88,6 +91,7 @@ def test_a_saved_int8_model_is_converted_as_it_is(tmp_path, tiny):
     assert relative_error(loaded(SAMPLE, 250), frozen_model(SAMPLE, 250)) < 1e-3
 
 
+@needs_vnni
 def test_constant_scales_need_no_ratio():
     model = frozen_tiny()
     table = tdq.scale_bank(model).table
@@ -99,6 +103,7 @@ def test_constant_scales_need_no_ratio():
     assert relative_error(converted(SAMPLE, 250), model(SAMPLE, 250)) < 1e-3
 
 
+@needs_vnni
 def test_one_quantizer_for_a_layer_and_a_product():
     model = frozen(model=SharedInput())
     converted = to_openvino(model, example_inputs())
@@ -109,6 +114,7 @@ def test_one_quantizer_for_a_layer_and_a_product():
         assert relative_error(ours, theirs) < 1e-3
 
 
+@needs_vnni
 def test_computed_timestep_path_and_nearest_lookup():
     model = frozen_tiny(lookup="nearest")
     converted = to_openvino(model, example_inputs(), cache_timestep_path=False)
@@ -117,6 +123,7 @@ def test_computed_timestep_path_and_nearest_lookup():
         assert relative_error(ours, theirs) < 1e-3
 
 
+@needs_vnni
 @pytest.mark.parametrize("cache", [True, False])
 def test_a_table_of_one_timestep(tiny, cache):
     model = copy.deepcopy(tiny[0])

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from cpu import needs_vnni
 from deploy.networks import frozen
 from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, LDMPipeline
 from diffusers_models import one_level_unet
@@ -46,6 +47,7 @@ def draw(pipeline):
     return pipeline(batch_size=2, **options).images
 
 
+@needs_vnni
 def test_ddim_pipeline_samples_in_three_lines(denoiser, quantized, unet, tmp_path):
     denoiser.save(tmp_path / "unet")
     loaded = OVDenoiser.load(tmp_path / "unet")

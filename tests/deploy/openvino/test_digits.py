@@ -14,6 +14,7 @@ import openvino as ov
 import pytest
 import torch
 from contract.recording import recorded_calls
+from cpu import needs_vnni
 from openvino import opset13 as ops
 
 import tdq_plugin as tdq
@@ -76,6 +77,7 @@ def with_layers_apart(model, shapes):
     return ov.Model(outputs, [*model.get_parameters(), *given]), names
 
 
+@needs_vnni
 def test_codes_are_those_of_the_fake_quantized_model(trajectories, frozen):
     """At most one code apart, on at most 1e-4 of the values."""
     _, batches = trajectories

@@ -3,6 +3,7 @@
 import numpy as np
 import openvino as ov
 import pytest
+from cpu import needs_vnni
 from openvino import opset13 as ops
 
 from tdq_plugin import activation_grid, weight_grid
@@ -39,6 +40,7 @@ def layer_on(grid, zero_point):
     return ov.Model([conv], [x])
 
 
+@needs_vnni
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_every_grid_runs_on_integers_with_the_same_values(grid):
     zero_point = 0 if grid.symmetric else grid.quant_max // 3
@@ -101,6 +103,7 @@ def test_a_float_product_with_int8_weights_is_no_integer_layer():
     assert integer_layers(ov.Model([product], [x]), DEFAULT_PROPERTIES) == set()
 
 
+@needs_vnni
 def test_int4_weights_become_int8_with_the_same_values():
     packed = np.random.default_rng(0).integers(0, 256, 18, dtype=np.uint8)
     codes = ops.constant(ov.Tensor(packed, [4, 9], ov.Type.i4))

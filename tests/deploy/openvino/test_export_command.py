@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from cpu import needs_vnni
 from deploy.networks import frozen
 from diffusers import DDIMPipeline, DDIMScheduler
 from diffusers_models import one_level_unet
@@ -29,6 +30,7 @@ def saved_model(folder):
     return model
 
 
+@needs_vnni
 def test_a_recipes_model_becomes_a_pipeline(tmp_path):
     model = saved_model(tmp_path / "model")
     arguments = ["export", "openvino", str(tmp_path / "model"), str(tmp_path / "openvino")]

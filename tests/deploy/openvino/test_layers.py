@@ -5,6 +5,7 @@ from functools import cache
 import pytest
 import torch
 from contract.networks import STEPS
+from cpu import needs_vnni
 from deploy.networks import prepared
 from deploy.test_layers import relative_error
 from deploy.test_lower import exact_layer
@@ -92,6 +93,7 @@ CASES = [torch.tensor([float(t)]) for t in STEPS]
 CASES += [torch.tensor([250.0, 250]), torch.tensor([999.0, 0]), torch.tensor(STEPS).float()]
 
 
+@needs_vnni
 @pytest.mark.parametrize(("bits", "symmetric"), [(8, False), (8, True), (4, True), (3, False)])
 def test_every_layer_equals_float64_and_runs_on_integers(bits, symmetric):
     frozen, model = converted(bits, symmetric)

@@ -10,6 +10,7 @@ import openvino as ov
 import pytest
 import torch
 from contract.networks import BATCHES, STEPS, TinyDenoiser, example_inputs
+from cpu import needs_vnni
 from deploy.networks import SAMPLE
 from deploy.test_layers import relative_error
 
@@ -48,6 +49,7 @@ def static_layers():
     return integer_layers(model, DEFAULT_PROPERTIES)
 
 
+@needs_vnni
 @pytest.mark.parametrize(
     ("bits", "symmetric"), [((8, 8), False), ((8, 8), True), ((4, 4), False), ((3, 8), True)]
 )
