@@ -59,11 +59,9 @@ def bias_of_halves(bias: Tensor, groups: int) -> Tensor:
 
 def add_halves(output: Tensor, groups: int, dimension: int) -> Tensor:
     """The layer's output from that of its halves; `dimension` is that of the channels."""
-    return (
-        output.unflatten(dimension, (groups, 2, -1))
-        .sum(dimension + 1)
-        .flatten(dimension, dimension + 1)
-    )
+    parts = output.unflatten(dimension, (groups, 2, -1))
+    summed: Tensor = parts.sum(dimension + 1).flatten(dimension, dimension + 1)
+    return summed
 
 
 def _side_by_side(high: Tensor, low: Tensor, groups: int) -> Tensor:
