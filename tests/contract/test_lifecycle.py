@@ -79,15 +79,16 @@ def test_training_lowers_the_quantization_error(make):
     with tdq.calibration(model), torch.no_grad():
         target = model(SAMPLE, timesteps)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 30)
     errors = []
     for _ in range(30):
         error = (model(SAMPLE, timesteps) - target).square().mean()
         optimizer.zero_grad()
         error.backward()
         optimizer.step()
+        schedule.step()
         errors.append(error.item())
-    # NNCF's has 0.73 on a CPU that has AVX2 only.
-    assert sum(errors[-3:]) / 3 < 0.8 * errors[0]
+    assert sum(errors[-3:]) / 3 < 0.7 * errors[0]
 
 
 def test_calibration_is_float_and_leaves_no_trace(attach_only):

@@ -106,7 +106,10 @@ def test_the_configuration_is_that_of_the_paper() -> None:
     [
         ("attention_heads=0", r"^attention_heads = 0: Input should be greater than 0"),
         ("method=tdk", r"^method = 'tdk': .*choose from .*'tdq_paper'"),
-        ("autoencoder=x", r"^Unknown key 'autoencoder'. Known keys: absolute_error, attention_hea"),
+        (
+            "autoencoder=x",
+            r"^Unknown key 'autoencoder'. Known keys: absolute_error, adapter, attention_hea",
+        ),
     ],
 )
 def test_mistakes_in_the_configuration(override: str, message: str) -> None:
