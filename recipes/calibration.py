@@ -14,7 +14,14 @@ from tdq_plugin.recipes.float_model import FloatModel
 from tdq_plugin.recipes.sampling import scheduler_with
 from tdq_plugin.reconstruct import CalibrationSet, TimestepDistribution, collect_trajectories
 
-__all__ = ["CalibrationSection", "TrajectorySection", "collect", "observe", "thinned"]
+__all__ = [
+    "CalibrationSection",
+    "TrajectorySection",
+    "collect",
+    "observe",
+    "placeholder",
+    "thinned",
+]
 
 SEEDS_APART = 2**20
 
@@ -88,6 +95,11 @@ def collect(
         torch.cat([part.samples for part in parts]).to(device),
         torch.cat([part.timesteps for part in parts]).to(device),
     )
+
+
+def placeholder(model: FloatModel) -> CalibrationSet:
+    """Two samples of zeros, for what needs their shape and no more."""
+    return CalibrationSet(torch.zeros(2, *model.latent_shape), torch.zeros(2))
 
 
 def thinned(data: CalibrationSet, count: int) -> CalibrationSet:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from tdq_plugin.recipes.best_checkpoints import BestCheckpoints
+from tdq_plugin.recipes.calibration import placeholder
 from tdq_plugin.recipes.float_model import load_float_model
 from tdq_plugin.recipes.frameworks import load_framework
 from tdq_plugin.recipes.image_data import load_images
@@ -25,7 +26,6 @@ from tdq_plugin.recipes.qat_full_size import (
     train_best,
 )
 from tdq_plugin.recipes.qat_stages import start
-from tdq_plugin.reconstruct import CalibrationSet
 
 __all__ = ["CifarQATConfig", "plan", "run"]
 
@@ -40,7 +40,7 @@ def plan(config: CifarQATConfig) -> Plan:
     """Check model and data, and say what a run would do."""
     torch.set_num_threads(config.threads)
     model = load_float_model(config.model)
-    points = CalibrationSet(torch.zeros(2, *model.latent_shape), torch.zeros(2))
+    points = placeholder(model)
     quantized = prepare_method(config, load_framework(config.adapter), model, points)
     return plan_of(RECIPE, config, model, quantized)
 

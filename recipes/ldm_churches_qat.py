@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import nn
 
 from tdq_plugin.recipes.best_checkpoints import BestCheckpoints
+from tdq_plugin.recipes.calibration import placeholder
 from tdq_plugin.recipes.float_model import FloatModel, load_float_model, set_attention_heads
 from tdq_plugin.recipes.frameworks import Framework, load_framework
 from tdq_plugin.recipes.image_data import load_images
@@ -50,7 +51,7 @@ def plan(config: ChurchesQATConfig) -> Plan:
     """Check model and data, and say what a run would do."""
     torch.set_num_threads(config.threads)
     model = load_float_model(config.model)
-    points = CalibrationSet(torch.zeros(2, *model.latent_shape), torch.zeros(2))
+    points = placeholder(model)
     quantized = quantize(config, load_framework(config.adapter), model, points)
     return plan_of(RECIPE, config, model, quantized)
 

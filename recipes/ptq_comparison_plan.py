@@ -3,6 +3,7 @@
 import torch
 
 import tdq_plugin as tdq
+from tdq_plugin.recipes.calibration import placeholder
 from tdq_plugin.recipes.float_model import load_float_model
 from tdq_plugin.recipes.frameworks import load_framework
 from tdq_plugin.recipes.plan import Plan
@@ -10,7 +11,6 @@ from tdq_plugin.recipes.ptq_config import PTQConfig
 from tdq_plugin.recipes.ptq_estimates import calibration_samples, describe_memory, training_steps
 from tdq_plugin.recipes.ptq_methods import METHODS
 from tdq_plugin.recipes.run_state import check_folder
-from tdq_plugin.reconstruct import CalibrationSet
 
 __all__ = ["plan_of"]
 
@@ -23,7 +23,7 @@ def plan_of(recipe: str, config: PTQConfig) -> Plan:
     learn_rounding = config.learns_rounding(framework)
     model = load_float_model(config.model)
     samples = calibration_samples(config.calibration, config.steps, model.latent_shape)
-    points = CalibrationSet(torch.zeros(2, *model.latent_shape), torch.zeros(2))
+    points = placeholder(model)
     quantized = framework.prepare(model.unet, points, config.widths)
     tdq.calibrate(quantized, points.batches(2), samples=16, warm_start=False)
     section = config.reconstruction

@@ -3,6 +3,7 @@
 import torch
 
 import tdq_plugin as tdq
+from tdq_plugin.recipes.calibration import placeholder
 from tdq_plugin.recipes.frameworks import load_framework
 from tdq_plugin.recipes.image_data import load_all_images
 from tdq_plugin.recipes.image_quality import FEATURE_SPACES, missing_packages
@@ -13,7 +14,6 @@ from tdq_plugin.recipes.ptq_full_size_config import FullSizePTQConfig
 from tdq_plugin.recipes.ptq_methods import METHODS
 from tdq_plugin.recipes.ptq_weights import check_weights, is_symmetric, set_weight_ranges
 from tdq_plugin.recipes.run_state import check_folder
-from tdq_plugin.reconstruct import CalibrationSet
 
 __all__ = ["plan_of"]
 
@@ -29,7 +29,7 @@ def plan_of(recipe: str, config: FullSizePTQConfig) -> Plan:
     images[torch.arange(1)]  # Can it be read?
     section = config.evaluation
     samples = calibration_samples(config.calibration, section.steps, model.latent_shape)
-    points = CalibrationSet(torch.zeros(2, *model.latent_shape), torch.zeros(2))
+    points = placeholder(model)
     quantized = framework.prepare(model.unet, points, config.widths)
     set_weight_ranges(quantized, config.weights)
     tdq.calibrate(quantized, points.batches(2), samples=16, warm_start=False)

@@ -1,5 +1,6 @@
 """Stages of the QAT recipes that compare methods: calibrate once, train each, measure each."""
 
+import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -46,17 +47,19 @@ class Comparison:
 
     Attributes:
         run: The run.
+        quantized: The UNet with quantizers, not calibrated; methods take copies.
         points: What the float model sees while it samples.
         observations: The ranges of all activations at those points.
     """
 
     run: QATRun[ComparisonConfig]
+    quantized: nn.Module
     points: CalibrationSet
     observations: dict[str, Observation]
 
     def prepare(self, name: str) -> nn.Module:
         """The model with quantizers and a method's scale bank, which is not calibrated yet."""
-        quantized = _prepared(self.run, self.points)
+        quantized = copy.deepcopy(self.quantized)
         apply_method(quantized, METHODS[name])
         return quantized
 
@@ -66,14 +69,10 @@ def begin(config: ComparisonConfig) -> Comparison:
     run = start(config)
     section = config.calibration.of_the_sampler()
     points = calibration.collect(section, run.model, config.steps, config.seed)
-    quantized = _prepared(run, points)
-    check_methods(config.methods, quantized, run.framework, config.adapter)
-    return Comparison(run, points, calibration.observe(quantized, points))
-
-
-def _prepared(run: QATRun[ComparisonConfig], points: CalibrationSet) -> nn.Module:
     few = calibration.thinned(points, _POINTS_FOR_PREPARE)
-    return run.framework.prepare(run.model.unet, few, run.config.widths)
+    quantized = run.framework.prepare(run.model.unet, few, config.widths)
+    check_methods(config.methods, quantized, run.framework, config.adapter)
+    return Comparison(run, quantized, points, calibration.observe(quantized, points))
 
 
 def objective_of(comparison: Comparison) -> Objective:
@@ -178,7 +177,7 @@ def _denoiser(comparison: Comparison, row: str, evaluator: Evaluator) -> Denoise
 
 def trained(comparison: Comparison, name: str, evaluator: Evaluator) -> nn.Module:
     """The trained model of a method with its scales frozen for all timesteps of the evaluation."""
-    quantized, state = comparison.prepare(name), comparison.run.state
+    quantized, state = comparison.prepare(name).cpu(), comparison.run.state
     load_weights(quantized, state.weights_path(name))
     table = evaluate_table(tdq.scale_bank(quantized), evaluator.timesteps)
     table.save(state.table_path(name))

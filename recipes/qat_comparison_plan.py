@@ -3,6 +3,7 @@
 import torch
 
 import tdq_plugin as tdq
+from tdq_plugin.recipes.calibration import placeholder
 from tdq_plugin.recipes.float_model import load_float_model
 from tdq_plugin.recipes.frameworks import load_framework
 from tdq_plugin.recipes.image_data import load_images
@@ -10,7 +11,6 @@ from tdq_plugin.recipes.plan import Plan, training_memory
 from tdq_plugin.recipes.qat_config import ComparisonConfig
 from tdq_plugin.recipes.qat_methods import check_methods
 from tdq_plugin.recipes.run_state import check_folder
-from tdq_plugin.reconstruct import CalibrationSet
 
 __all__ = ["plan_of"]
 
@@ -22,7 +22,7 @@ def plan_of(recipe: str, config: ComparisonConfig) -> Plan:
     framework = load_framework(config.adapter)
     model = load_float_model(config.model)
     data, _ = load_images(config.data, model.image_shape)
-    points = CalibrationSet(torch.zeros(2, *model.latent_shape), torch.zeros(2))
+    points = placeholder(model)
     quantized = framework.prepare(model.unet, points, config.widths)
     check_methods(config.methods, quantized, framework, config.adapter)
     tdq.calibrate(quantized, points.batches(2), samples=16, warm_start=False)

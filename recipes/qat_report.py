@@ -7,13 +7,12 @@ from torch import Tensor
 from tdq_plugin.recipes.correction import NOTE as CORRECTION
 from tdq_plugin.recipes.correction import method_of
 from tdq_plugin.recipes.evaluation import Evaluator, Result
-from tdq_plugin.recipes.frameworks import Framework
 from tdq_plugin.recipes.image_quality import FEATURE_SPACES
 from tdq_plugin.recipes.qat_comparison import Comparison, execution_of, trained
 from tdq_plugin.recipes.qat_config import ComparisonConfig
 from tdq_plugin.recipes.qat_methods import METHODS
+from tdq_plugin.recipes.qat_stages import QATRun
 from tdq_plugin.recipes.report_parts import command, dynamics, versions
-from tdq_plugin.recipes.run_state import RunState
 from tdq_plugin.recipes.saved_model import save_model
 from tdq_plugin.study import write_report
 from tdq_plugin.study.figures import error_over_timesteps, sample_grid
@@ -45,11 +44,10 @@ NOT_TIMED: Latency = {
 
 def write_results(recipe: str, comparison: Comparison, evaluator: Evaluator) -> None:
     """Save the model of TDQ, or of the first method, and write the report."""
-    run, framework = comparison.run, comparison.run.framework
-    config, state = run.config, run.state
+    run, config, state = comparison.run, comparison.run.config, comparison.run.state
     deployed = _deployed(config)
     sizes = save_model(
-        framework,
+        run.framework,
         trained(comparison, deployed, evaluator),
         state.folder / "model",
         run.model.unet,
@@ -63,15 +61,15 @@ def write_results(recipe: str, comparison: Comparison, evaluator: Evaluator) -> 
         "seed": config.seed,
         "bits": config.bits,
         "versions": versions("tdq-plugin", "torch", "diffusers", "accelerate", "torchmetrics"),
-        "rows": _rows(config, framework, state, evaluator),
+        "rows": _rows(run, evaluator),
         "methods": {METHODS[name].title: METHODS[name].description for name in config.methods},
-        "notes": _notes(comparison),
+        "notes": _notes(run),
         "latency": NOT_TIMED,
         "size_bytes": sizes,
         "noise_floor": evaluator.noise_floor(),
         "temporal_dynamics": dynamics(comparison.observations),
     }
-    write_report(state.folder, report, _figures(config, framework, state, evaluator))
+    write_report(state.folder, report, _figures(run, evaluator))
 
 
 def _deployed(config: ComparisonConfig) -> str:
@@ -80,40 +78,35 @@ def _deployed(config: ComparisonConfig) -> str:
     return "tdq" if "tdq" in tables else (tables or config.methods)[0]
 
 
-def _notes(comparison: Comparison) -> list[str]:
-    run = comparison.run
+def _notes(run: QATRun[ComparisonConfig]) -> list[str]:
     latent = [] if run.model.autoencoder is None else [LATENT_NOTE]
     fake = [FAKE_NOTE] if run.framework.execution == "fake" else []
     return [*NOTES, *latent, *fake, *([CORRECTION] if run.config.correction.methods else [])]
 
 
-def _rows(
-    config: ComparisonConfig, framework: Framework, state: RunState, evaluator: Evaluator
-) -> list[ReportRow]:
-    common = {"samples": config.evaluation.samples, "feature_space": FEATURE_SPACES["digits"]}
+def _rows(run: QATRun[ComparisonConfig], evaluator: Evaluator) -> list[ReportRow]:
+    common = {"samples": run.config.evaluation.samples, "feature_space": FEATURE_SPACES["digits"]}
     rows: list[Any] = [
         {"method": "float32", "execution": "float32", **evaluator.float_metrics(), **common}
     ]
-    for name, title in config.rows.items():
-        execution = execution_of(framework, method_of(name))
-        measured = {**_result(framework, state, name).metrics, **common}
+    for name, title in run.config.rows.items():
+        execution = execution_of(run.framework, method_of(name))
+        measured = {**_result(run, name).metrics, **common}
         rows.append({"method": title, "key": name, "execution": execution} | measured)
     return rows
 
 
-def _result(framework: Framework, state: RunState, name: str) -> Result:
-    result = state.result(name, execution_of(framework, method_of(name)))
+def _result(run: QATRun[ComparisonConfig], name: str) -> Result:
+    result = run.state.result(name, execution_of(run.framework, method_of(name)))
     assert result is not None
     return result
 
 
-def _figures(
-    config: ComparisonConfig, framework: Framework, state: RunState, evaluator: Evaluator
-) -> dict[str, tuple[bytes, str]]:
+def _figures(run: QATRun[ComparisonConfig], evaluator: Evaluator) -> dict[str, tuple[bytes, str]]:
     images: dict[str, Tensor] = {"float32": evaluator.images}
     curves = {}
-    for name, title in config.rows.items():
-        result = _result(framework, state, name)
+    for name, title in run.config.rows.items():
+        result = _result(run, name)
         images[title] = result.images
         curves[title] = (result.timesteps, result.errors)
     return {

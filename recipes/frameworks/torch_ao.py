@@ -46,8 +46,7 @@ class _TorchAO:
         return model
 
     def deploy(self, model: fx.GraphModule) -> fx.GraphModule:
-        dynamic = any(quantizer.mode == "dynamic" for _, quantizer in tdq.named_quantizers(model))
-        return lower_to_int8(model, activations="dynamic" if dynamic else "table")
+        return lower_to_int8(model)
 
     def deploy_dynamic(self, model: fx.GraphModule) -> fx.GraphModule:
         return lower_to_int8(model, activations="dynamic")
@@ -56,7 +55,9 @@ class _TorchAO:
         return tdq.trace(model, (data.samples[:2], data.timesteps[:2]))
 
     def save(self, model: fx.GraphModule, folder: Path, extra: dict[str, Any]) -> None:
-        save_int8(self.deploy(model), folder, extra=extra)
+        dynamic = any(quantizer.mode == "dynamic" for _, quantizer in tdq.named_quantizers(model))
+        lowered = self.deploy_dynamic(model) if dynamic else self.deploy(model)
+        save_int8(lowered, folder, extra=extra)
 
 
 FRAMEWORK: Framework = _TorchAO()  # type: ignore[assignment]

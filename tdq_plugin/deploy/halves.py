@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["add_halves", "bias_of_halves", "has_32_bit_sums", "in_halves", "leaves_16_bits"]
+__all__ = ["add_halves", "has_32_bit_sums", "in_halves", "leaves_16_bits"]
 
 
 @cache
@@ -50,11 +50,6 @@ def in_halves(codes: Tensor, scale: Tensor, groups: int) -> tuple[Tensor, Tensor
     high = codes >> 1
     low = codes - 2 * high
     return _side_by_side(high, low, groups), _side_by_side(2 * scale, scale, groups)
-
-
-def bias_of_halves(bias: Tensor, groups: int) -> Tensor:
-    """The bias for the outputs of the high parts, and none for the others."""
-    return _side_by_side(bias, torch.zeros_like(bias), groups)
 
 
 def add_halves(output: Tensor, groups: int, dimension: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Convolutions and linear layers on onednn's integer kernels."""
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor, nn
 from tdq_plugin.deploy.activations import Codes
 from tdq_plugin.deploy.halves import (
     add_halves,
-    bias_of_halves,
     has_32_bit_sums,
     in_halves,
     leaves_16_bits,
@@ -48,6 +48,7 @@ class Int8Layer(nn.Module):
 
     Attributes:
         largest_code: Of the activations, uint8.
+        geometry: What the kernel takes of a convolution besides its weight.
         groups: Of the channels.
         channels: The dimension of the output's channels.
     """
@@ -56,6 +57,7 @@ class Int8Layer(nn.Module):
     weight_scale: Tensor
     unit_scale: Tensor
     bias: Tensor | None
+    geometry: tuple[Any, ...] = ()
     groups = 1
     channels = -1
 
@@ -95,22 +97,17 @@ class Int8Layer(nn.Module):
         self, values: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None
     ) -> Tensor:
         """The layer for a scale and zero point of shape `()`."""
-        weight = self.packed_weight
-        if not weight.in_halves:
-            return self.kernel(values, scale, zero_point, weight, bias)
-        bias = None if bias is None else bias_of_halves(bias, self.groups)
-        output = self.kernel(values, scale, zero_point, weight, bias)
-        return add_halves(output, self.groups, self.channels % output.dim())
+        *weight, halves = self.packed_weight
+        operands = values, scale, zero_point, *weight
+        if not halves:
+            return self.kernel(*operands, bias, *self.geometry, *_FLOAT_OUTPUT)
+        output = self.kernel(*operands, None, *self.geometry, *_FLOAT_OUTPUT)
+        output = add_halves(output, self.groups, self.channels % output.dim())
+        return output if bias is None else output.add_(self.bias_like(output))
 
+    @property
     @abstractmethod
-    def kernel(
-        self,
-        values: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
-        weight: PackedWeight,
-        bias: Tensor | None,
-    ) -> Tensor:
+    def kernel(self) -> Callable[..., Tensor]:
         """The integer kernel."""
 
     @abstractmethod
@@ -164,26 +161,10 @@ class Int8Conv(Int8Layer):
         )
         self.groups = layer.groups
 
-    def kernel(
-        self,
-        values: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
-        weight: PackedWeight,
-        bias: Tensor | None,
-    ) -> Tensor:
-        output: Tensor = torch.ops.onednn.qconv_pointwise.tensor(
-            values,
-            scale,
-            zero_point,
-            weight.codes,
-            weight.scale,
-            weight.zero_point,
-            bias,
-            *self.geometry,
-            *_FLOAT_OUTPUT,
-        )
-        return output
+    @property
+    def kernel(self) -> Callable[..., Tensor]:
+        operator: Callable[..., Tensor] = torch.ops.onednn.qconv_pointwise.tensor
+        return operator
 
     def bias_like(self, product: Tensor) -> Tensor:
         assert self.bias is not None
@@ -200,25 +181,10 @@ class Int8Conv(Int8Layer):
 class Int8Linear(Int8Layer):
     """`nn.Linear`; arguments as in `Int8Layer`."""
 
-    def kernel(
-        self,
-        values: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
-        weight: PackedWeight,
-        bias: Tensor | None,
-    ) -> Tensor:
-        output: Tensor = torch.ops.onednn.qlinear_pointwise.tensor(
-            values,
-            scale,
-            zero_point,
-            weight.codes,
-            weight.scale,
-            weight.zero_point,
-            bias,
-            *_FLOAT_OUTPUT,
-        )
-        return output
+    @property
+    def kernel(self) -> Callable[..., Tensor]:
+        operator: Callable[..., Tensor] = torch.ops.onednn.qlinear_pointwise.tensor
+        return operator
 
     def bias_like(self, product: Tensor) -> Tensor:
         assert self.bias is not None

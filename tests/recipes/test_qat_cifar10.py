@@ -19,10 +19,10 @@ from tdq_plugin.deploy import load_int8
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes import find_recipe
 from tdq_plugin.recipes.best_checkpoints import BestCheckpoints
+from tdq_plugin.recipes.calibration import placeholder
 from tdq_plugin.recipes.image_data import load_images
 from tdq_plugin.recipes.qat_full_size import prepare_method, train_best
 from tdq_plugin.recipes.qat_stages import start
-from tdq_plugin.reconstruct import CalibrationSet
 
 QAT = find_recipe("ddim-cifar10-qat")
 WITHOUT_NETWORK = ["data={source: digits, validation_images: 16}", "evaluation.features=digits"]
@@ -169,8 +169,7 @@ def test_the_real_size_trains(cifar10_pipeline: Path, tmp_path: Path) -> None:
     assert 1.05 < state < 1.35
     assert state + 0.05 < total < state + 0.4
     run = start(config)
-    points = CalibrationSet(torch.zeros(2, *run.model.latent_shape), torch.zeros(2))
-    quantized = prepare_method(config, run.framework, run.model, points)
+    quantized = prepare_method(config, run.framework, run.model, placeholder(run.model))
     before = quantized.get_parameter("mid_block.resnets.0.conv1.weight").detach().clone()
     best = BestCheckpoints(config.run_folder / "weights", 5)
     train_best(run, quantized, *load_images(config.data, run.model.image_shape), best)
