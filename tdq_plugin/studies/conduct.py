@@ -1,9 +1,8 @@
 """List the parts of a study, do what is missing, and write the report."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from tdq_plugin.studies.execution import (
     PlannedRun,
     duration,
     execute,
+    longest_first,
     plan_run,
     run_in_a_process,
 )
@@ -63,17 +63,26 @@ class Study:
 
     def overview(self, jobs: int) -> list[tuple[str, str, str, str]]:
         """For each part its name, its title, finished runs, and the time that the others take."""
-        lines, counted = [], set[str]()
-        for name, part in self.definition.parts.items():
-            runs = self.planned(name)
-            missing = [run for run in runs if not run.finished and run.spec.name not in counted]
-            counted |= {run.spec.name for run in runs}
+        lines = []
+        for name, (runs, missing) in self._missing(self.definition.parts).items():
             finished = f"{sum(run.finished for run in runs)} of {len(runs)}"
-            lines.append((name, part.title, finished, _time(missing, jobs)))
+            lines.append((name, self.definition.parts[name].title, finished, _time(missing, jobs)))
         return lines
 
+    def _missing(
+        self, parts: Iterable[str]
+    ) -> dict[str, tuple[list[PlannedRun], list[PlannedRun]]]:
+        """For each part its runs, and those to do that no earlier part does."""
+        found, counted = {}, set[str]()
+        for part in parts:
+            runs = self.planned(part)
+            missing = [run for run in runs if not (run.finished or run.spec.name in counted)]
+            counted |= {run.spec.name for run in missing}
+            found[part] = runs, missing
+        return found
+
     def run(self, parts: Sequence[str], jobs: int, say: Callable[[str], None]) -> dict[str, str]:
-        """Do parts, and write the report after each.
+        """Do parts, and write the report. What is finished has its record at once.
 
         Args:
             parts: Their names.
@@ -86,20 +95,22 @@ class Study:
         Raises:
             ConfigError: There is no such part.
         """
-        failures: dict[str, str] = {}
-        for part in parts:
-            self.planned(part)
-        for part in parts:
-            runs = self.planned(part)
-            missing = [run for run in runs if not run.finished]
+        waiting: list[PlannedRun] = []
+        for part, (runs, missing) in self._missing(parts).items():
             say(
                 f"{part}: {self.definition.parts[part].title}. {len(missing)} of {len(runs)} runs "
                 f"to do, about {_time(missing, jobs)}"
             )
-            do = partial(run_in_a_process, logs=self.output / "logs")
-            failures |= execute(missing, jobs, say, do)
-            say(f"The report is in {self.report()}")
+            waiting += missing
+        failures = execute(longest_first(waiting), jobs, say, self._do)
+        say(f"The report is in {self.report()}")
         return failures
+
+    def _do(self, run: PlannedRun) -> str | None:
+        failure = run_in_a_process(run, self.output / "logs")
+        if failure is None:
+            _load(run)
+        return failure
 
     def report(self) -> Path:
         """Write records and the report of everything that is finished; return the Markdown file."""

@@ -16,7 +16,14 @@ from tdq_plugin.recipes.run_state import check_same_settings, differences
 from tdq_plugin.studies.definition import Cost, RunSpec, StudyDefinition
 from tdq_plugin.studies.records import load_record, portable
 
-__all__ = ["PlannedRun", "duration", "execute", "plan_run", "run_in_a_process"]
+__all__ = [
+    "PlannedRun",
+    "duration",
+    "execute",
+    "longest_first",
+    "plan_run",
+    "run_in_a_process",
+]
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,20 @@ def plan_run(definition: StudyDefinition, spec: RunSpec, records: Path) -> Plann
     if record.exists() and not here:
         _check_record(record, portable(config.model_dump(mode="json")))
     return PlannedRun(spec, folder, record, seconds, here, here or record.exists())
+
+
+def longest_first(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """Order runs so that no long one, nor one that waits for another, is alone at the end.
+
+    Args:
+        runs: Any runs; the time of one that is needed counts with the longest that needs it.
+    """
+
+    def seconds(run: PlannedRun) -> float:
+        after = [other.seconds for other in runs if run.spec.name in other.spec.needs]
+        return run.seconds + max(after, default=0.0)
+
+    return sorted(runs, key=seconds, reverse=True)
 
 
 def execute(

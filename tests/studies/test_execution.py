@@ -10,13 +10,21 @@ import pytest
 
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.studies.definition import RunSpec, load_study
-from tdq_plugin.studies.execution import PlannedRun, execute, plan_run, run_in_a_process
+from tdq_plugin.studies.execution import (
+    PlannedRun,
+    execute,
+    longest_first,
+    plan_run,
+    run_in_a_process,
+)
 from tdq_plugin.studies.worker import STUDY_GONE
 
 
-def planned(name: str, needs: tuple[str, ...] = (), finished: bool = False) -> PlannedRun:
+def planned(
+    name: str, needs: tuple[str, ...] = (), finished: bool = False, seconds: float = 60.0
+) -> PlannedRun:
     spec = RunSpec(recipe="any", name=name, settings={}, needs=list(needs))
-    return PlannedRun(spec, Path(name), Path("record"), 60.0, finished, finished)
+    return PlannedRun(spec, Path(name), Path("record"), seconds, finished, finished)
 
 
 @pytest.mark.parametrize("jobs", [1, 2, 4])
@@ -38,6 +46,11 @@ def test_what_is_needed_is_done_first_and_no_more_than_jobs_at_a_time(jobs: int)
     assert execute(runs, jobs, str, do) == {}
     assert sorted(order) == ["a", "b", "c", "d"]
     assert most == min(jobs, 2)
+
+
+def test_long_runs_and_those_that_long_ones_wait_for_start_first() -> None:
+    runs = [planned("a"), planned("b", seconds=90), planned("c"), planned("d", ("c",), seconds=80)]
+    assert [run.spec.name for run in longest_first(runs)] == ["c", "b", "d", "a"]
 
 
 def test_a_failure_is_told_and_does_not_stop_the_others() -> None:
