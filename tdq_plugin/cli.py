@@ -1,5 +1,6 @@
 """The `tdq` command. It imports torch only in the verbs that need it."""
 
+import logging
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main"]
 
+# diffusers imports torchao where it is installed; on a CPU, these tell what it lacks of a GPU.
+TORCHAO_LOGGERS = (
+    "torchao",
+    "torch.utils._pytree",
+    "diffusers.quantizers.torchao.torchao_quantizer",
+)
 FRAMEWORKS = ("torch", "torchao", "brevitas", "nncf", "diffusers", "onnxruntime", "openvino")
 
 
@@ -31,6 +38,8 @@ class _Commands(TyperGroup):
     """Prints an error of this package as a message, without a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
+        for name in TORCHAO_LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
         try:
             return super().invoke(ctx)
         except TDQError as error:
@@ -116,7 +125,8 @@ def inspect(
 
 @app.command()
 def doctor() -> None:
-    """Show the versions of the frameworks, and which adapters can be used."""
+    """Show versions, which adapters can be used, and what this CPU's int8 kernels do."""
+    from tdq_plugin.deploy.halves import has_32_bit_sums
     from tdq_plugin.registry import ENTRY_POINT_GROUP, unavailable_adapters
 
     versions = Table("package", "version")
@@ -129,6 +139,12 @@ def doctor() -> None:
         why = missing.get(entry.name)
         adapters.add_row(entry.name, "yes" if why is None else f"no: {why}")
     _console().print(versions, adapters)
+    typer.echo(
+        "int8: this CPU's kernels add products in 32 bits, as they should."
+        if has_32_bit_sums()
+        else "int8: this CPU has no VNNI. OpenVINO's, onnxruntime's and Inductor's layers with 8 "
+        "bits on both sides can be wrong here, see docs/openvino.md; lower_to_int8 is exact."
+    )
 
 
 def _summary(table: "ScaleTable") -> Table:

@@ -8,6 +8,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from tdq_plugin.cli import app
+from tdq_plugin.deploy import halves
 from tdq_plugin.grid import activation_grid
 from tdq_plugin.recipes import RECIPES
 from tdq_plugin.table import ScaleTable
@@ -96,3 +97,13 @@ def test_doctor_shows_versions_and_adapters() -> None:
     rows = [line.replace("│", " ").split() for line in result.stdout.splitlines()]
     assert ["torch", torch.__version__] in rows
     assert ["torch_ao", "yes"] in rows
+
+
+@pytest.mark.parametrize(
+    ("exact", "said"), [(True, "add products in 32 bits"), (False, "has no VNNI. OpenVINO's")]
+)
+def test_doctor_tells_whether_int8_is_exact(
+    exact: bool, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(halves, "has_32_bit_sums", lambda: exact)
+    assert said in tdq("doctor").stdout
