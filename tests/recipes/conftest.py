@@ -1,9 +1,11 @@
-"""A tiny DDIM and a tiny LDM with random weights."""
+"""A tiny DDIM and a tiny LDM with random weights, and runs of recipes on them."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, LDMPipeline
+from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, LDMPipeline, UNet2DModel
 from diffusers_models import one_level_unet, tiny_unet
 
 
@@ -34,3 +36,23 @@ def tiny_latent_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scheduler = DDIMScheduler(clip_sample=False)
     LDMPipeline(autoencoder, denoiser, scheduler).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def unet(tiny_pipeline: Path) -> UNet2DModel:
+    return UNet2DModel.from_pretrained(tiny_pipeline, subfolder="unet").eval()
+
+
+@pytest.fixture(scope="module")
+def overrides(
+    request: pytest.FixtureRequest, tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[str]:
+    """A module's settings `SMALL` for the tiny DDIM."""
+    folder = tmp_path_factory.mktemp("runs")
+    return [*request.module.SMALL, f"model={tiny_pipeline}", f"output={folder}"]
+
+
+@pytest.fixture(scope="module")
+def report(finished: Path) -> dict[str, Any]:
+    """The report of the run that a module calls `finished`."""
+    return json.loads((finished / "report.json").read_text())

@@ -40,23 +40,8 @@ PTQ = find_recipe("ddim-digits-ptq")
 
 
 @pytest.fixture(scope="module")
-def overrides(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return [*SMALL, f"model={tiny_pipeline}", f"output={tmp_path_factory.mktemp('runs')}"]
-
-
-@pytest.fixture(scope="module")
 def finished(overrides: list[str]) -> Path:
     return PTQ.run(PTQ.configure(overrides))
-
-
-@pytest.fixture(scope="module")
-def report(finished: Path) -> dict[str, Any]:
-    return json.loads((finished / "report.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def unet(tiny_pipeline: Path) -> UNet2DModel:
-    return UNet2DModel.from_pretrained(tiny_pipeline, subfolder="unet").eval()
 
 
 @pytest.fixture

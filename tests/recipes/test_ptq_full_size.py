@@ -39,11 +39,6 @@ ROWS = ["float32", "lsq", "lsq_corrected", "learned_table", "tdq", "dynamic"]
 
 
 @pytest.fixture(scope="module")
-def overrides(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return [*SMALL, f"model={tiny_pipeline}", f"output={tmp_path_factory.mktemp('runs')}"]
-
-
-@pytest.fixture(scope="module")
 def finished(overrides: list[str]) -> Path:
     return CIFAR.run(CIFAR.configure([*overrides, "name=whole"]))
 

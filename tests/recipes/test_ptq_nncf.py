@@ -1,6 +1,5 @@
 """The PTQ recipe through NNCF: the same report, on OpenVINO's integer kernels."""
 
-import json
 import logging
 import logging.handlers
 from pathlib import Path
@@ -39,23 +38,8 @@ PTQ = find_recipe("ddim-digits-ptq")
 
 
 @pytest.fixture(scope="module")
-def overrides(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return [*SMALL, f"model={tiny_pipeline}", f"output={tmp_path_factory.mktemp('runs')}"]
-
-
-@pytest.fixture(scope="module")
 def finished(overrides: list[str]) -> Path:
     return PTQ.run(PTQ.configure(overrides))
-
-
-@pytest.fixture(scope="module")
-def report(finished: Path) -> dict[str, Any]:
-    return json.loads((finished / "report.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def unet(tiny_pipeline: Path) -> UNet2DModel:
-    return UNet2DModel.from_pretrained(tiny_pipeline, subfolder="unet").eval()
 
 
 def row(report: dict[str, Any], method: str, execution: str) -> dict[str, Any]:

@@ -38,17 +38,11 @@ PTQ = find_recipe("ddim-digits-ptq")
 
 
 @pytest.fixture(scope="module")
-def overrides(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return [*SMALL, f"model={tiny_pipeline}", f"output={tmp_path_factory.mktemp('runs')}"]
-
-
-@pytest.fixture(scope="module")
 def finished(overrides: list[str]) -> Path:
     return PTQ.run(PTQ.configure(overrides))
 
 
-def test_the_report_is_that_of_the_recipe(finished: Path) -> None:
-    report: dict[str, Any] = json.loads((finished / "report.json").read_text())
+def test_the_report_is_that_of_the_recipe(report: dict[str, Any]) -> None:
     validate_report(report)
     rows = {(row["method"], row["execution"]) for row in report["rows"]}
     expected = {(METHODS[name].title, "fake") for name in ("lsq", "tdq", "dynamic")}
@@ -59,8 +53,7 @@ def test_the_report_is_that_of_the_recipe(finished: Path) -> None:
 
 
 @torch.no_grad()
-def test_the_saved_program_serves_every_timestep(finished: Path, tiny_pipeline: Path) -> None:
-    unet = UNet2DModel.from_pretrained(tiny_pipeline, subfolder="unet").eval()
+def test_the_saved_program_serves_every_timestep(finished: Path, unet: UNet2DModel) -> None:
     points = CalibrationSet(torch.randn(2, *image_shape(unet)), torch.tensor([0, 500]))
     model = load_framework("pt2e").prepare(unet, points, Bits(4, 8))
     state = RunState(finished, json.loads((finished / "config.json").read_text()))

@@ -50,11 +50,6 @@ def finished(overrides: list[str]) -> Path:
     return QAT.run(QAT.configure(overrides))
 
 
-@pytest.fixture(scope="module")
-def report(finished: Path) -> dict[str, Any]:
-    return json.loads((finished / "report.json").read_text())
-
-
 def adapter_of(report: dict[str, Any]) -> str:
     return next(name for name in SAVED if f"adapter={name}" in report["command"])
 

@@ -45,11 +45,6 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def overrides(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return [*SMALL, f"model={tiny_pipeline}", f"output={tmp_path_factory.mktemp('runs')}"]
-
-
-@pytest.fixture(scope="module")
 def finished(overrides: list[str]) -> Path:
     return QAT.run(QAT.configure([*overrides, "name=one"]))
 
