@@ -4,6 +4,7 @@ Figures are drawn without pyplot, so no backend is chosen and nothing global is 
 """
 
 import io
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -71,8 +72,11 @@ def plain_ticks(axis: "Axis") -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     low, high = axis.get_view_interval()
-    # Where none of these may lie in between, LogLocator crowds the axis.
-    axis.set_major_locator(MaxNLocator(3) if high < 2 * low else LogLocator(subs=(1, 2, 5)))
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    marks = [mark * 10**decade for decade in decades for mark in (1, 2, 5)]
+    # With less than two of them on the axis, LogLocator would crowd it.
+    enough = sum(low <= mark <= high for mark in marks) >= 2
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if enough else MaxNLocator(3))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
 

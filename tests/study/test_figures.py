@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tdq_plugin.errors import ConfigError
-from tdq_plugin.study.canvas import method_colours
+from tdq_plugin.study.canvas import method_colours, plain_ticks, subplots
 from tdq_plugin.study.figures import (
     error_over_timesteps,
     loss_curve,
@@ -88,6 +88,17 @@ def test_error_over_timesteps_accepts_any_order() -> None:
     assert np.array_equal(
         decode(error_over_timesteps(forward)), decode(error_over_timesteps(backward))
     )
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.1023, 0.338), (0.21, 0.39), (0.05, 2.5), (0.18, 0.6), (3.0, 4.0)]
+)
+def test_a_logarithmic_axis_has_a_few_plain_ticks(low: float, high: float) -> None:
+    _, (axes,) = subplots(1, 1, 3, 2)
+    axes.set(xscale="log", xlim=(low, high))
+    plain_ticks(axes.xaxis)
+    shown = [tick for tick in axes.xaxis.get_majorticklocs() if low <= tick <= high]
+    assert 2 <= len(shown) <= 6
 
 
 def test_methods_keep_their_colours_and_do_not_share_them() -> None:
