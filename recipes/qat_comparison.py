@@ -71,7 +71,7 @@ def begin(config: ComparisonConfig) -> Comparison:
     points = calibration.collect(section, run.model, config.steps, config.seed)
     few = calibration.thinned(points, _POINTS_FOR_PREPARE)
     quantized = run.framework.prepare(run.model.unet, few, config.widths)
-    check_methods(config.methods, quantized, run.framework, config.adapter)
+    check_methods(config.methods, quantized, config.adapter)
     return Comparison(run, quantized, points, calibration.observe(quantized, points))
 
 

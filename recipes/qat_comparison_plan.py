@@ -24,7 +24,7 @@ def plan_of(recipe: str, config: ComparisonConfig) -> Plan:
     data, _ = load_images(config.data, model.image_shape)
     points = placeholder(model)
     quantized = framework.prepare(model.unet, points, config.widths)
-    check_methods(config.methods, quantized, framework, config.adapter)
+    check_methods(config.methods, quantized, config.adapter)
     tdq.calibrate(quantized, points.batches(2), samples=16, warm_start=False)
     memory = training_memory(
         quantized, points.samples, points.timesteps, beside=model.size_in_bytes

@@ -54,7 +54,7 @@ def prepare_method(
         )
     set_dropout(model.unet, config.dropout)
     quantized = framework.prepare(model.unet, data, config.widths)
-    check_methods([config.method], quantized, framework, config.adapter)
+    check_methods([config.method], quantized, config.adapter)
     apply_method(quantized, METHODS[config.method])
     return quantized
 
@@ -183,14 +183,16 @@ def judge_best(
         rows.append(row | {"validation_loss": loss})
     if run.accelerator.is_main_process:
         load_weights(quantized, best.path(next(iter(best.losses()))))
-        save_model(
-            run.framework,
-            quantized,
-            folder / "model",
-            run.model.unet,
-            evaluation.scheduler,
-            {"recipe": recipe, "method": config.method, "bits": config.bits},
-        )
+        # Without a table there is nothing to deploy.
+        if not METHODS[config.method].dynamic:
+            save_model(
+                run.framework,
+                quantized,
+                folder / "model",
+                run.model.unet,
+                evaluation.scheduler,
+                {"recipe": recipe, "method": config.method, "bits": config.bits},
+            )
         results = {
             "recipe": recipe,
             "method": METHODS[config.method].title,

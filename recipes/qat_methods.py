@@ -11,7 +11,6 @@ from tdq_plugin.calibrate import initialise_scales
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.observe import Observation
 from tdq_plugin.quantizer import Estimator
-from tdq_plugin.recipes.frameworks import Framework
 from tdq_plugin.scales import (
     PAPER,
     ConstantBank,
@@ -131,10 +130,8 @@ METHODS = {
 }
 
 
-def check_methods(
-    names: Sequence[str], model: nn.Module, framework: Framework, adapter: str
-) -> None:
-    """See that methods can be trained on a prepared model and that one of them can be saved.
+def check_methods(names: Sequence[str], model: nn.Module, adapter: str) -> None:
+    """See that methods can be trained on a prepared model.
 
     Raises:
         ConfigError: They cannot.
@@ -145,11 +142,6 @@ def check_methods(
         raise ConfigError(
             f"{noisy} add noise to weights, and {adapter} rounds weights itself. "
             f"Leave them out: methods=[{others or 'lsq, tdq'}]."
-        )
-    if all(METHODS[name].dynamic for name in names) and not framework.saves_dynamic:
-        raise ConfigError(
-            f"{list(names)}: {adapter} saves no model with input-dependent scales. "
-            "Add a method, for example tdq."
         )
 
 

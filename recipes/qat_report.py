@@ -13,10 +13,10 @@ from tdq_plugin.recipes.qat_config import ComparisonConfig
 from tdq_plugin.recipes.qat_methods import METHODS
 from tdq_plugin.recipes.qat_stages import QATRun
 from tdq_plugin.recipes.report_parts import command, dynamics, versions
-from tdq_plugin.recipes.saved_model import save_model
+from tdq_plugin.recipes.saved_model import float_bytes, save_model
 from tdq_plugin.study import write_report
 from tdq_plugin.study.figures import error_over_timesteps, sample_grid
-from tdq_plugin.study.schema import Latency, Report, ReportRow
+from tdq_plugin.study.schema import Latency, Report, ReportRow, SizeBytes
 
 __all__ = ["write_results"]
 
@@ -43,18 +43,9 @@ NOT_TIMED: Latency = {
 
 
 def write_results(recipe: str, comparison: Comparison, evaluator: Evaluator) -> None:
-    """Save the model of TDQ, or of the first method, and write the report."""
+    """Save the model of TDQ, or of the first method with a table, and write the report."""
     run, config, state = comparison.run, comparison.run.config, comparison.run.state
-    deployed = _deployed(config)
-    sizes = save_model(
-        run.framework,
-        trained(comparison, deployed, evaluator),
-        state.folder / "model",
-        run.model.unet,
-        evaluator.scheduler,
-        {"recipe": recipe, "method": deployed, "bits": config.bits, "steps": config.steps},
-        state.correction_path(deployed) if deployed in config.correction.methods else None,
-    )
+    sizes = _save(recipe, comparison, evaluator)
     report: Report = {
         "recipe": recipe,
         "command": command(recipe, config),
@@ -72,10 +63,21 @@ def write_results(recipe: str, comparison: Comparison, evaluator: Evaluator) -> 
     write_report(state.folder, report, _figures(run, evaluator))
 
 
-def _deployed(config: ComparisonConfig) -> str:
-    """A method with a table if there is one: not every framework saves others."""
+def _save(recipe: str, comparison: Comparison, evaluator: Evaluator) -> SizeBytes:
+    run, config, state = comparison.run, comparison.run.config, comparison.run.state
     tables = [name for name in config.methods if not METHODS[name].dynamic]
-    return "tdq" if "tdq" in tables else (tables or config.methods)[0]
+    if not tables:
+        return {"float32": float_bytes(run.model.unet), "int8": None}
+    deployed = "tdq" if "tdq" in tables else tables[0]
+    return save_model(
+        run.framework,
+        trained(comparison, deployed, evaluator),
+        state.folder / "model",
+        run.model.unet,
+        evaluator.scheduler,
+        {"recipe": recipe, "method": deployed, "bits": config.bits, "steps": config.steps},
+        state.correction_path(deployed) if deployed in config.correction.methods else None,
+    )
 
 
 def _notes(run: QATRun[ComparisonConfig]) -> list[str]:

@@ -13,7 +13,7 @@ from tdq_plugin.freeze import evaluate_table
 from tdq_plugin.recipes.frameworks import Framework
 from tdq_plugin.study.schema import SizeBytes
 
-__all__ = ["save_model"]
+__all__ = ["float_bytes", "save_model"]
 
 
 def save_model(
@@ -45,8 +45,12 @@ def save_model(
         framework.save(model.cpu(), temporary / "int8", extra)
         if correction is not None:
             shutil.copy(correction, temporary / "output_correction.safetensors")
-    float_bytes = sum(p.numel() * p.element_size() for p in unet.parameters())
-    return {"float32": float_bytes, "int8": _folder_bytes(folder)}
+    return {"float32": float_bytes(unet), "int8": _folder_bytes(folder)}
+
+
+def float_bytes(model: nn.Module) -> int:
+    """Size of a model's parameters."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def _folder_bytes(folder: Path) -> int:

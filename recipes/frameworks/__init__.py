@@ -33,14 +33,12 @@ class Framework(Protocol):
         learns_rounding: Whether reconstruction can learn the rounding of the weights; else they
             keep the framework's own.
         keeps_dropout: Whether a prepared model drops out in training mode.
-        saves_dynamic: Whether `save` takes a model with input-dependent scales.
     """
 
     execution: Literal["int8", "fake"]
     latency_unit: str
     learns_rounding: bool
     keeps_dropout: bool
-    saves_dynamic: bool
 
     def prepare(self, model: UNet2DModel, data: CalibrationSet, bits: Bits) -> nn.Module:
         """The framework's prepare step, then `tdq.attach`, on the model's device; not calibrated.
@@ -64,7 +62,7 @@ class Framework(Protocol):
         """The float model in the same engine."""
 
     def save(self, model: nn.Module, folder: Path, extra: dict[str, Any]) -> None:
-        """Save the frozen model in the framework's form for deployment."""
+        """Save the frozen model, whose scales are a table's, in the form for deployment."""
 
 
 def load_framework(name: FrameworkName) -> Framework:

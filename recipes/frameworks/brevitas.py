@@ -41,7 +41,6 @@ class _Brevitas:
     )
     learns_rounding = False
     keeps_dropout = True
-    saves_dynamic = False
 
     def prepare(self, model: UNet2DModel, data: CalibrationSet, bits: Bits) -> nn.Module:
         quantized = quantize_layerwise(

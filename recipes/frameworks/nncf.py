@@ -51,7 +51,6 @@ class _NNCF:
     )
     learns_rounding = False
     keeps_dropout = True
-    saves_dynamic = False
 
     def prepare(self, model: UNet2DModel, data: CalibrationSet, bits: Bits) -> nn.Module:
         batches = list(data.batches(_BATCH_SIZE))

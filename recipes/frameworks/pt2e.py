@@ -28,7 +28,6 @@ class _PT2E:
     )
     learns_rounding = False
     keeps_dropout = False
-    saves_dynamic = False
 
     def prepare(self, model: UNet2DModel, data: CalibrationSet, bits: Bits) -> fx.GraphModule:
         example = (data.samples[:2], data.timesteps[:2])

@@ -24,7 +24,6 @@ class _TorchAO:
     latency_unit = "ratio to static_int8, median of paired runs"
     learns_rounding = True
     keeps_dropout = True
-    saves_dynamic = True
 
     def prepare(self, model: UNet2DModel, data: CalibrationSet, bits: Bits) -> fx.GraphModule:
         example = (data.samples[:2], data.timesteps[:2])
@@ -55,9 +54,7 @@ class _TorchAO:
         return tdq.trace(model, (data.samples[:2], data.timesteps[:2]))
 
     def save(self, model: fx.GraphModule, folder: Path, extra: dict[str, Any]) -> None:
-        dynamic = any(quantizer.mode == "dynamic" for _, quantizer in tdq.named_quantizers(model))
-        lowered = self.deploy_dynamic(model) if dynamic else self.deploy(model)
-        save_int8(lowered, folder, extra=extra)
+        save_int8(self.deploy(model), folder, extra=extra)
 
 
 FRAMEWORK: Framework = _TorchAO()  # type: ignore[assignment]

@@ -15,7 +15,7 @@ from tdq_plugin.study.markup import (
     tag,
 )
 from tdq_plugin.study.results_table import results_section
-from tdq_plugin.study.schema import Report
+from tdq_plugin.study.schema import Report, SizeBytes
 from tdq_plugin.study.summary import summary
 
 __all__ = ["render_page"]
@@ -84,29 +84,30 @@ def _figures(figures: Mapping[str, tuple[bytes, str]]) -> Markup:
 
 
 def _cost(report: Report) -> Markup:
-    latency, size = report["latency"], report["size_bytes"]
+    latency = report["latency"]
     times = [
         [label, number(latency[key])]  # type: ignore[literal-required]
         for key, label in LATENCY_LABELS.items()
-    ]
-    ratio = size["float32"] / size["int8"]
-    sizes = [
-        ["float32 model", f"{size['float32']:,}", "1.00"],
-        ["int8 model with its table", f"{size['int8']:,}", number(1 / ratio)],
     ]
     return section(
         "Speed and size",
         tag(
             "div",
             table(["Execution", "Time"], times, f"Time of one forward pass: {latency['unit']}."),
-            table(
-                ["Saved model", "Bytes", "Ratio"],
-                sizes,
-                f"The int8 model is {number(ratio)} times smaller.",
-            ),
+            _sizes(report["size_bytes"]),
             kind="pair",
         ),
     )
+
+
+def _sizes(size: SizeBytes) -> Markup:
+    rows = [["float32 model", f"{size['float32']:,}", "1.00"]]
+    caption = "No method has a table of scales, so no int8 model was saved."
+    if size["int8"] is not None:
+        ratio = size["float32"] / size["int8"]
+        rows.append(["int8 model with its table", f"{size['int8']:,}", number(1 / ratio)])
+        caption = f"The int8 model is {number(ratio)} times smaller."
+    return table(["Saved model", "Bytes", "Ratio"], rows, caption)
 
 
 def _dynamics(report: Report) -> Markup:

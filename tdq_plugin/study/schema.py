@@ -84,10 +84,10 @@ class Latency(TypedDict):
 
 
 class SizeBytes(TypedDict):
-    """Size of the saved model in bytes."""
+    """Size of the float and of the saved model in bytes; None if none was saved."""
 
     float32: int
-    int8: int
+    int8: int | None
 
 
 class _RequiredReport(TypedDict):
@@ -147,6 +147,8 @@ def validate_report(report: Report) -> None:
     _require("latency", report["latency"], Latency.__required_keys__)
     _require("size_bytes", report["size_bytes"], SizeBytes.__required_keys__)
     for part, size in report["size_bytes"].items():
+        if part == "int8" and size is None:
+            continue
         if not isinstance(size, int) or size <= 0:
             raise ConfigError(f"size_bytes.{part} = {size!r} is not a positive number of bytes.")
     if not re.fullmatch(r"W\d+A\d+", report["bits"]):

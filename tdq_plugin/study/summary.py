@@ -1,4 +1,4 @@
-"""The report in four numbers."""
+"""The report in a few numbers."""
 
 from tdq_plugin.study.markup import Markup, number, tag
 from tdq_plugin.study.schema import Report, metric_of
@@ -12,11 +12,13 @@ def summary(report: Report) -> Markup:
     tiles = [
         _best_method(report, "trajectory_mse", "Smallest trajectory error"),
         _best_method(report, "frechet_distance", "Smallest Fréchet distance to data"),
-        _tile("Saved model", f"{number(size['float32'] / size['int8'])}×", "smaller than float32"),
     ]
     if latency["tdq_int8"] is not None and latency["static_int8"]:
         ratio = number(latency["tdq_int8"] / latency["static_int8"])
-        tiles.insert(2, _tile("Time of TDQ int8", f"{ratio}×", "that of static int8"))
+        tiles.append(_tile("Time of TDQ int8", f"{ratio}×", "that of static int8"))
+    if size["int8"] is not None:
+        ratio = number(size["float32"] / size["int8"])
+        tiles.append(_tile("Saved model", f"{ratio}×", "smaller than float32"))
     return tag("div", *tiles, kind="tiles")
 
 

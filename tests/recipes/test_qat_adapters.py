@@ -150,7 +150,6 @@ def test_full_size(adapter: str, tiny_pipeline: Path, tmp_path: Path) -> None:
     [
         (["adapter=brevitas"], r"\['nipq', 'tdq_nipq'\] add noise to weights, and brevitas rounds"),
         (["adapter=nncf", "methods=[tdq, nipq]"], r"Leave them out: methods=\[tdq\]\.$"),
-        (["adapter=pt2e", "methods=[dynamic]"], r"pt2e saves no model with input-dependent scales"),
     ],
 )
 def test_methods_that_a_framework_does_not_have(

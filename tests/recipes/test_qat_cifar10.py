@@ -53,6 +53,15 @@ def results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
 
 
+def test_input_dependent_scales_are_judged_and_not_saved(overrides: list[str]) -> None:
+    settings = ["method=dynamic", "name=dynamic", "training.iterations=2"]
+    folder = QAT.run(QAT.configure([*overrides, *settings]))
+    found = results(folder)
+    assert found["method"] == "dynamic"
+    assert len(found["rows"]) == 3
+    assert not (folder / "model").exists()
+
+
 def test_the_best_weights_are_judged_beside_the_float_model(finished: Path) -> None:
     found = results(finished)
     assert (found["method"], found["bits"], found["samples"]) == ("TDQ", "W4A4", 100)

@@ -59,6 +59,19 @@ def test_the_report_has_a_row_for_every_method(report: dict[str, Any]) -> None:
     assert any(note.startswith("Corrected: ") for note in report["notes"])
 
 
+def test_without_a_table_no_model_is_saved(overrides: list[str]) -> None:
+    settings = ["methods=[dynamic]", "name=no-table", "training.iterations=2"]
+    folder = QAT.run(QAT.configure([*overrides, *settings]))
+    report = json.loads((folder / "report.json").read_text())
+    assert [row["method"] for row in report["rows"]] == ["float32", "dynamic"]
+    assert report["size_bytes"]["int8"] is None
+    assert report["size_bytes"]["float32"] > 0
+    assert not (folder / "model").exists()
+    page = (folder / "report.html").read_text()
+    assert "so no int8 model was saved" in page
+    assert "smaller than float32" not in page
+
+
 def test_a_correction_brings_the_mean_of_the_samples_nearer(finished: Path) -> None:
     images = {
         name: load_file(finished / "rows" / f"{name}.int8.safetensors")["images"]
