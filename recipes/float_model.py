@@ -11,6 +11,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from tdq_plugin.errors import ConfigError
+from tdq_plugin.recipes.plan import parameter_bytes
 from tdq_plugin.recipes.sampling import image_shape
 
 __all__ = ["FloatModel", "load_float_model", "set_attention_heads", "set_dropout"]
@@ -56,8 +57,7 @@ class FloatModel:
     def size_in_bytes(self) -> int:
         """Of all parameters."""
         networks = [network for network in (self.unet, self.autoencoder) if network is not None]
-        parameters = (p for network in networks for p in network.parameters())
-        return sum(p.numel() * p.element_size() for p in parameters)
+        return sum(parameter_bytes(network) for network in networks)
 
     def describe(self) -> str:
         """Its size in words."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Memory", "Plan", "training_memory"]
+__all__ = ["Memory", "Plan", "parameter_bytes", "training_memory"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ class Memory:
         )
 
 
+def parameter_bytes(model: nn.Module) -> int:
+    """Size of a model's parameters."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
 def training_memory(
     model: nn.Module, samples: Tensor, timesteps: Tensor, beside: int = 0
 ) -> Memory:
@@ -63,7 +68,7 @@ def training_memory(
         timesteps: Shape `(2,)`.
         beside: Bytes of models that stay in memory beside it.
     """
-    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    parameters = parameter_bytes(model)
     one = _saved_bytes(model, samples[:1].clone(), timesteps[:1].clone())
     activations = _saved_bytes(model, samples, timesteps) - one
     return Memory(5 * parameters + beside + one - activations, activations)

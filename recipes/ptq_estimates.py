@@ -4,7 +4,7 @@ from torch import fx, nn
 
 import tdq_plugin as tdq
 from tdq_plugin.recipes.calibration import CalibrationSection
-from tdq_plugin.recipes.plan import training_memory
+from tdq_plugin.recipes.plan import parameter_bytes, training_memory
 from tdq_plugin.recipes.ptq_training import ReconstructionSection
 from tdq_plugin.reconstruct import CalibrationSet, find_blocks
 from tdq_plugin.reconstruct.collect import samples_per_step
@@ -55,7 +55,7 @@ def describe_memory(
         quantized: A calibrated quantized model.
         points: Two of them.
     """
-    parameters = sum(p.numel() * p.element_size() for p in quantized.parameters())
+    parameters = parameter_bytes(quantized)
     # Float model, quantized model, the weights every method starts from; for AdaRound a variable
     # for each weight, its gradient and Adam's two moments.
     weights = (7 if learn_rounding else 3) * parameters

@@ -8,12 +8,13 @@ from tdq_plugin.recipes.correction import NOTE as CORRECTION
 from tdq_plugin.recipes.correction import method_of
 from tdq_plugin.recipes.evaluation import Evaluator, Result
 from tdq_plugin.recipes.image_quality import FEATURE_SPACES
+from tdq_plugin.recipes.plan import parameter_bytes
 from tdq_plugin.recipes.qat_comparison import Comparison, execution_of, trained
 from tdq_plugin.recipes.qat_config import ComparisonConfig
 from tdq_plugin.recipes.qat_methods import METHODS
 from tdq_plugin.recipes.qat_stages import QATRun
 from tdq_plugin.recipes.report_parts import command, dynamics, versions
-from tdq_plugin.recipes.saved_model import float_bytes, save_model
+from tdq_plugin.recipes.saved_model import save_model
 from tdq_plugin.study import write_report
 from tdq_plugin.study.figures import error_over_timesteps, sample_grid
 from tdq_plugin.study.schema import Latency, Report, ReportRow, SizeBytes
@@ -67,7 +68,7 @@ def _save(recipe: str, comparison: Comparison, evaluator: Evaluator) -> SizeByte
     run, config, state = comparison.run, comparison.run.config, comparison.run.state
     tables = [name for name in config.methods if not METHODS[name].dynamic]
     if not tables:
-        return {"float32": float_bytes(run.model.unet), "int8": None}
+        return {"float32": parameter_bytes(run.model.unet), "int8": None}
     deployed = "tdq" if "tdq" in tables else tables[0]
     return save_model(
         run.framework,

@@ -11,9 +11,10 @@ import tdq_plugin as tdq
 from tdq_plugin.files import atomic_folder
 from tdq_plugin.freeze import evaluate_table
 from tdq_plugin.recipes.frameworks import Framework
+from tdq_plugin.recipes.plan import parameter_bytes
 from tdq_plugin.study.schema import SizeBytes
 
-__all__ = ["float_bytes", "save_model"]
+__all__ = ["save_model"]
 
 
 def save_model(
@@ -45,12 +46,7 @@ def save_model(
         framework.save(model.cpu(), temporary / "int8", extra)
         if correction is not None:
             shutil.copy(correction, temporary / "output_correction.safetensors")
-    return {"float32": float_bytes(unet), "int8": _folder_bytes(folder)}
-
-
-def float_bytes(model: nn.Module) -> int:
-    """Size of a model's parameters."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    return {"float32": parameter_bytes(unet), "int8": _folder_bytes(folder)}
 
 
 def _folder_bytes(folder: Path) -> int:

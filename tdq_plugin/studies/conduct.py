@@ -109,7 +109,7 @@ class Study:
     def _do(self, run: PlannedRun) -> str | None:
         failure = run_in_a_process(run, self.output / "logs")
         if failure is None:
-            _load(run)
+            _load(run)  # Writes the record.
         return failure
 
     def report(self) -> Path:

@@ -50,10 +50,6 @@ def finished(overrides: list[str]) -> Path:
     return PTQ.run(PTQ.configure(overrides))
 
 
-def float_unet(tiny_pipeline: Path) -> UNet2DModel:
-    return UNet2DModel.from_pretrained(tiny_pipeline, subfolder="unet").eval()
-
-
 def test_the_report_has_a_row_for_every_method_and_execution(report: dict[str, Any]) -> None:
     validate_report(report)
     rows = {(row["method"], row["execution"]) for row in report["rows"]}
@@ -100,10 +96,10 @@ def test_latency_is_relative_to_static_int8(report: dict[str, Any]) -> None:
 
 
 def test_size_is_that_of_the_saved_model(
-    report: dict[str, Any], finished: Path, tiny_pipeline: Path
+    report: dict[str, Any], finished: Path, unet: UNet2DModel
 ) -> None:
     saved = [file.stat().st_size for file in (finished / "model").rglob("*") if file.is_file()]
-    parameters = sum(p.numel() for p in float_unet(tiny_pipeline).parameters())
+    parameters = sum(p.numel() for p in unet.parameters())
     assert report["size_bytes"] == {"float32": 4 * parameters, "int8": sum(saved)}
 
 
@@ -131,8 +127,7 @@ def test_int8_and_fake_quantization_agree(report: dict[str, Any], name: str) -> 
         assert int8[metric] == pytest.approx(fake[metric], rel=0.01)
 
 
-def test_the_saved_model_is_the_lowered_one(finished: Path, tiny_pipeline: Path) -> None:
-    unet = float_unet(tiny_pipeline)
+def test_the_saved_model_is_the_lowered_one(finished: Path, unet: UNet2DModel) -> None:
     x, t = torch.randn(3, *image_shape(unet)), torch.tensor([0, 250, 750])
     prepared = load_framework("torch_ao").prepare(unet, CalibrationSet(x, t), Bits(4, 8))
     state = RunState(finished, json.loads((finished / "config.json").read_text()))
@@ -147,12 +142,10 @@ def test_the_saved_model_is_the_lowered_one(finished: Path, tiny_pipeline: Path)
 
 
 def test_trained_methods_round_weights_themselves_and_others_do_not(
-    finished: Path, tiny_pipeline: Path
+    finished: Path, unet: UNet2DModel
 ) -> None:
     x, t = torch.randn(2, 1, 16, 16), torch.tensor([0, 250])
-    model = load_framework("torch_ao").prepare(
-        float_unet(tiny_pipeline), CalibrationSet(x, t), Bits(4, 8)
-    )
+    model = load_framework("torch_ao").prepare(unet, CalibrationSet(x, t), Bits(4, 8))
     original = model.conv_in.weight.clone()
     state = RunState(finished, json.loads((finished / "config.json").read_text()))
     states = MethodStates(state, model)
@@ -253,8 +246,8 @@ def test_a_run_folder_belongs_to_one_configuration(finished: Path, overrides: li
             start(other)
 
 
-def test_the_float_model_has_no_error(tiny_pipeline: Path) -> None:
-    unet, scheduler = float_unet(tiny_pipeline), DDIMScheduler()
+def test_the_float_model_has_no_error(unet: UNet2DModel) -> None:
+    scheduler = DDIMScheduler()
     noise = torch.randn(8, *image_shape(unet), generator=torch.Generator().manual_seed(0))
 
     def denoiser(x: torch.Tensor, t: Any) -> torch.Tensor:
