@@ -19,12 +19,12 @@ import torch
 from PIL import Image
 
 from tdq_plugin.recipes import find_recipe
-from tdq_plugin.recipes.best_checkpoints import BestCheckpoints
+from tdq_plugin.recipes.compvis.architecture import churches_pipeline
 from tdq_plugin.recipes.image_data import load_images
-from tdq_plugin.recipes.ldm_churches_architecture import churches_pipeline
 from tdq_plugin.recipes.ldm_churches_qat import quantize
-from tdq_plugin.recipes.qat_full_size import train_best
-from tdq_plugin.recipes.qat_stages import start
+from tdq_plugin.recipes.qat.best_checkpoints import BestCheckpoints
+from tdq_plugin.recipes.qat.full_size import train_best
+from tdq_plugin.recipes.qat.stages import start
 
 
 def main() -> None:

@@ -20,9 +20,9 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from int8_latency import MODELS
 
 from tdq_plugin.recipes import find_recipe
-from tdq_plugin.recipes.ldm_churches_architecture import churches_pipeline
-from tdq_plugin.recipes.ptq_full_size import begin, calibration_data, quantize, save_models
-from tdq_plugin.recipes.sampling import sample
+from tdq_plugin.recipes.compvis.architecture import churches_pipeline
+from tdq_plugin.recipes.evaluation.sampling import sample
+from tdq_plugin.recipes.ptq.full_size import begin, calibration_data, quantize, save_models
 
 RECIPES = ("ddim-cifar10-ptq", "ldm-churches-ptq")
 

@@ -19,11 +19,11 @@ from torch import nn
 import tdq_plugin as tdq
 from tdq_plugin.recipes.config import CONFIG_FOLDER, load_config
 from tdq_plugin.recipes.ddim_cifar10_qat import CifarQATConfig
+from tdq_plugin.recipes.evaluation.sampling import image_shape
 from tdq_plugin.recipes.frameworks import load_framework
 from tdq_plugin.recipes.objectives import NoisedImages, Objective
-from tdq_plugin.recipes.qat_methods import METHODS, apply_method, calibrate_bank
-from tdq_plugin.recipes.sampling import image_shape
-from tdq_plugin.recipes.training import Training
+from tdq_plugin.recipes.qat.methods import METHODS, apply_method, calibrate_bank
+from tdq_plugin.recipes.qat.training import Training
 from tdq_plugin.reconstruct import CalibrationSet
 from tdq_plugin.study.latency import paired_ratios
 

@@ -10,8 +10,8 @@ from tqdm.auto import tqdm
 import tdq_plugin as tdq
 from tdq_plugin.observe import Observation
 from tdq_plugin.recipes.config import Section
+from tdq_plugin.recipes.evaluation.sampling import scheduler_with
 from tdq_plugin.recipes.float_model import FloatModel
-from tdq_plugin.recipes.sampling import scheduler_with
 from tdq_plugin.reconstruct import CalibrationSet, TimestepDistribution, collect_trajectories
 
 __all__ = [

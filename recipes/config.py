@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from tdq_plugin.errors import ConfigError
 
 __all__ = [
+    "ASSETS",
     "CONFIG_FOLDER",
     "RecipeConfig",
     "Section",
@@ -21,6 +22,8 @@ __all__ = [
 ]
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
+# Small models that come with the package.
+ASSETS = Path(__file__).parent / "assets"
 
 
 class RecipeConfig(BaseModel):

@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 from tdq_plugin.fit_correction import fit_output_correction
 from tdq_plugin.output_correction import CorrectedDenoiser, load_correction
 from tdq_plugin.recipes.config import Section
+from tdq_plugin.recipes.evaluation.sampling import Denoiser
 from tdq_plugin.recipes.float_model import FloatModel
-from tdq_plugin.recipes.sampling import Denoiser
 
 __all__ = [
     "CORRECTED",
@@ -75,7 +75,7 @@ def row_titles(
     """Names of a result's rows and their titles; a corrected row follows its method.
 
     Example:
-        >>> from tdq_plugin.recipes.ptq_methods import METHODS
+        >>> from tdq_plugin.recipes.ptq.methods import METHODS
         >>> row_titles(METHODS, ["mse", "tdq"], ["tdq"])
         {'mse': 'static MSE', 'tdq': 'TDQ', 'tdq_corrected': 'TDQ, corrected'}
     """

@@ -10,22 +10,22 @@ from pathlib import Path
 
 import torch
 
-from tdq_plugin.recipes.best_checkpoints import BestCheckpoints
 from tdq_plugin.recipes.calibration import placeholder
+from tdq_plugin.recipes.evaluation.image_quality import FEATURE_SPACES, require_features
 from tdq_plugin.recipes.float_model import load_float_model
 from tdq_plugin.recipes.frameworks import load_framework
 from tdq_plugin.recipes.image_data import load_images
-from tdq_plugin.recipes.image_quality import FEATURE_SPACES, require_features
 from tdq_plugin.recipes.plan import Plan
-from tdq_plugin.recipes.qat_config import FullSizeConfig
-from tdq_plugin.recipes.qat_full_size import (
+from tdq_plugin.recipes.qat.best_checkpoints import BestCheckpoints
+from tdq_plugin.recipes.qat.config import FullSizeConfig
+from tdq_plugin.recipes.qat.full_size import (
     calibration_batch,
     judge_best,
     plan_of,
     prepare_method,
     train_best,
 )
-from tdq_plugin.recipes.qat_stages import start
+from tdq_plugin.recipes.qat.stages import start
 
 __all__ = ["CifarQATConfig", "plan", "run"]
 

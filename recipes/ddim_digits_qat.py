@@ -6,22 +6,23 @@ the same batches, and trains weights and scales together.
 
 from pathlib import Path
 
+from tdq_plugin.recipes.config import ASSETS
 from tdq_plugin.recipes.plan import Plan
-from tdq_plugin.recipes.qat_comparison import (
+from tdq_plugin.recipes.qat.comparison import (
     begin,
     evaluator_of,
     measure,
     objective_of,
     train_method,
 )
-from tdq_plugin.recipes.qat_comparison_plan import plan_of
-from tdq_plugin.recipes.qat_config import ComparisonConfig
-from tdq_plugin.recipes.qat_report import write_results
+from tdq_plugin.recipes.qat.comparison_plan import plan_of
+from tdq_plugin.recipes.qat.config import ComparisonConfig
+from tdq_plugin.recipes.qat.report import write_results
 
 __all__ = ["DigitsQATConfig", "plan", "run"]
 
 RECIPE = "ddim-digits-qat"
-MODEL = Path(__file__).parent / "assets" / "ddim-digits"
+MODEL = ASSETS / "ddim-digits"
 
 
 class DigitsQATConfig(ComparisonConfig):

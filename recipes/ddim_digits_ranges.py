@@ -20,7 +20,7 @@ from tdq_plugin.observe import Observation
 from tdq_plugin.ranges import rounding_error, search_range, search_scale
 from tdq_plugin.recipes.bits import Bits, BitsName
 from tdq_plugin.recipes.calibration import TrajectorySection, collect, observe
-from tdq_plugin.recipes.config import RecipeConfig, filled_in
+from tdq_plugin.recipes.config import ASSETS, RecipeConfig, filled_in
 from tdq_plugin.recipes.float_model import load_float_model
 from tdq_plugin.recipes.frameworks import load_framework
 from tdq_plugin.recipes.report_parts import command, dynamics, versions
@@ -29,7 +29,7 @@ from tdq_plugin.recipes.run_state import RunState
 __all__ = ["RangesConfig", "run"]
 
 RECIPE = "ddim-digits-ranges"
-MODEL = Path(__file__).parent / "assets" / "ddim-digits"
+MODEL = ASSETS / "ddim-digits"
 SHOWN_QUANTILES = (0.001, 0.999)
 
 

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_folder
-from tdq_plugin.recipes.config import RecipeConfig
+from tdq_plugin.recipes.config import ASSETS, RecipeConfig
 from tdq_plugin.recipes.digits import load_digits
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
     "split_digits",
 ]
 
-COMMITTED = Path(__file__).parent / "assets" / "digits-classifier"
+COMMITTED = ASSETS / "digits-classifier"
 WEIGHTS = "model.safetensors"
 
 

@@ -11,8 +11,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from tdq_plugin.errors import ConfigError
+from tdq_plugin.recipes.evaluation.sampling import image_shape
 from tdq_plugin.recipes.plan import parameter_bytes
-from tdq_plugin.recipes.sampling import image_shape
 
 __all__ = ["FloatModel", "load_float_model", "set_attention_heads", "set_dropout"]
 

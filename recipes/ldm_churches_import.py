@@ -8,11 +8,11 @@ from diffusers import LDMPipeline
 
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_folder
-from tdq_plugin.recipes.compvis_checkpoint import read_checkpoint
-from tdq_plugin.recipes.compvis_weights import load_compvis
+from tdq_plugin.recipes.compvis.architecture import churches_pipeline
+from tdq_plugin.recipes.compvis.checkpoint import read_checkpoint
+from tdq_plugin.recipes.compvis.weights import load_compvis
 from tdq_plugin.recipes.config import RecipeConfig
 from tdq_plugin.recipes.float_model import FloatModel
-from tdq_plugin.recipes.ldm_churches_architecture import churches_pipeline
 from tdq_plugin.recipes.plan import Plan
 
 __all__ = ["ImportConfig", "plan", "run"]

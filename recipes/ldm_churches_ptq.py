@@ -8,16 +8,16 @@ latents of 100 DDIM steps are judged by their FID.
 from pathlib import Path
 
 from tdq_plugin.recipes.plan import Plan
-from tdq_plugin.recipes.ptq_full_size import (
+from tdq_plugin.recipes.ptq.full_size import (
     begin,
     calibration_data,
     measure,
     quantize,
     save_models,
 )
-from tdq_plugin.recipes.ptq_full_size_config import FullSizePTQConfig
-from tdq_plugin.recipes.ptq_plan import plan_of
-from tdq_plugin.recipes.ptq_samples_report import write_results
+from tdq_plugin.recipes.ptq.full_size_config import FullSizePTQConfig
+from tdq_plugin.recipes.ptq.full_size_plan import plan_of
+from tdq_plugin.recipes.ptq.full_size_report import write_results
 
 __all__ = ["FullSizePTQConfig", "plan", "run"]
 

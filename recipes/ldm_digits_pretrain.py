@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_folder
+from tdq_plugin.recipes.config import ASSETS
 from tdq_plugin.recipes.digits import load_digits
 from tdq_plugin.recipes.float_model import FloatModel
 from tdq_plugin.recipes.pretraining import (
@@ -21,7 +22,7 @@ from tdq_plugin.recipes.pretraining import (
 
 __all__ = ["LatentPretrainConfig", "run"]
 
-AUTOENCODER = Path(__file__).parent / "assets" / "ldm-digits" / "vqvae"
+AUTOENCODER = ASSETS / "ldm-digits" / "vqvae"
 
 
 class LatentPretrainConfig(PretrainingConfig):

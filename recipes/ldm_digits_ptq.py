@@ -7,17 +7,18 @@ its errors are those of latents; the autoencoder stays float, and images are wha
 from pathlib import Path
 
 from tdq_plugin.recipes.calibration import collect, observe
+from tdq_plugin.recipes.config import ASSETS
 from tdq_plugin.recipes.plan import Plan
-from tdq_plugin.recipes.ptq_comparison import begin, measure, quantize
-from tdq_plugin.recipes.ptq_comparison_plan import plan_of
-from tdq_plugin.recipes.ptq_config import PTQConfig
-from tdq_plugin.recipes.ptq_quantize import Start
-from tdq_plugin.recipes.ptq_report import write_results
+from tdq_plugin.recipes.ptq.comparison import begin, measure, quantize
+from tdq_plugin.recipes.ptq.comparison_plan import plan_of
+from tdq_plugin.recipes.ptq.config import PTQConfig
+from tdq_plugin.recipes.ptq.quantize import Start
+from tdq_plugin.recipes.ptq.report import write_results
 
 __all__ = ["LatentPTQConfig", "plan", "run"]
 
 RECIPE = "ldm-digits-ptq"
-MODEL = Path(__file__).parent / "assets" / "ldm-digits"
+MODEL = ASSETS / "ldm-digits"
 
 
 class LatentPTQConfig(PTQConfig):

@@ -7,22 +7,23 @@ and scales together. Noise is compared in latents, samples as decoded images.
 
 from pathlib import Path
 
+from tdq_plugin.recipes.config import ASSETS
 from tdq_plugin.recipes.plan import Plan
-from tdq_plugin.recipes.qat_comparison import (
+from tdq_plugin.recipes.qat.comparison import (
     begin,
     evaluator_of,
     measure,
     objective_of,
     train_method,
 )
-from tdq_plugin.recipes.qat_comparison_plan import plan_of
-from tdq_plugin.recipes.qat_config import ComparisonConfig
-from tdq_plugin.recipes.qat_report import write_results
+from tdq_plugin.recipes.qat.comparison_plan import plan_of
+from tdq_plugin.recipes.qat.config import ComparisonConfig
+from tdq_plugin.recipes.qat.report import write_results
 
 __all__ = ["LatentQATConfig", "plan", "run"]
 
 RECIPE = "ldm-digits-qat"
-MODEL = Path(__file__).parent / "assets" / "ldm-digits"
+MODEL = ASSETS / "ldm-digits"
 
 
 class LatentQATConfig(ComparisonConfig):

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from tdq_plugin.recipes.sampling import Denoiser
+from tdq_plugin.recipes.evaluation.sampling import Denoiser
 from tdq_plugin.reconstruct import CalibrationSet
 from tdq_plugin.reconstruct.collect import first_tensor
 

@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_file
 from tdq_plugin.recipes.config import RecipeConfig
+from tdq_plugin.recipes.evaluation.sampling import sample, scheduler_with
 from tdq_plugin.recipes.float_model import FloatModel
 from tdq_plugin.recipes.run_state import differences
-from tdq_plugin.recipes.sampling import sample, scheduler_with
 from tdq_plugin.study.figures import loss_curve, sample_grid
 
 __all__ = ["PretrainingConfig", "noise_loss", "picture_of_samples", "pretrain", "write_figures"]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_file
-from tdq_plugin.recipes.evaluation import Result
+from tdq_plugin.recipes.evaluation.denoiser import Result
 
 __all__ = ["RunState", "check_folder", "check_same_settings", "differences"]
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes.bits import Bits
-from tdq_plugin.recipes.sampling import Denoiser
+from tdq_plugin.recipes.evaluation.sampling import Denoiser
 from tdq_plugin.reconstruct import CalibrationSet
 
 __all__ = ["FRAMEWORKS", "Framework", "FrameworkName", "load_framework"]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import tdq_plugin as tdq
 from tdq_plugin.adapters.brevitas import export_onnx, quantize_layerwise
 from tdq_plugin.recipes.bits import Bits
+from tdq_plugin.recipes.evaluation.sampling import Denoiser, image_shape
 from tdq_plugin.recipes.frameworks import Framework
-from tdq_plugin.recipes.sampling import Denoiser, image_shape
 from tdq_plugin.reconstruct import CalibrationSet
 
 __all__ = ["FRAMEWORK"]

@@ -20,8 +20,8 @@ from tdq_plugin.deploy.openvino import OpenVINOModel, save_openvino, to_openvino
 from tdq_plugin.deploy.openvino.precision import DEFAULT_PROPERTIES
 from tdq_plugin.deploy.openvino.traced import traced_model
 from tdq_plugin.recipes.bits import Bits
+from tdq_plugin.recipes.evaluation.sampling import Denoiser, image_shape
 from tdq_plugin.recipes.frameworks import Framework
-from tdq_plugin.recipes.sampling import Denoiser, image_shape
 from tdq_plugin.reconstruct import CalibrationSet
 from tdq_plugin.scales import FrozenBank
 

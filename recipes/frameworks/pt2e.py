@@ -13,8 +13,8 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 import tdq_plugin as tdq
 from tdq_plugin.adapters.pt2e import TDQQuantizer, convert, export
 from tdq_plugin.recipes.bits import Bits
+from tdq_plugin.recipes.evaluation.sampling import Denoiser
 from tdq_plugin.recipes.frameworks import Framework
-from tdq_plugin.recipes.sampling import Denoiser
 from tdq_plugin.reconstruct import CalibrationSet
 
 __all__ = ["FRAMEWORK"]

@@ -7,7 +7,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from tdq_plugin.recipes.digits_evaluation import EvaluationSection, float_images
+from tdq_plugin.recipes.evaluation.digits_evaluation import EvaluationSection, float_images
 from tdq_plugin.recipes.float_model import load_float_model
 from tdq_plugin.studies.results import Curve, FinishedRun, ScaleHistory, row_name
 from tdq_plugin.table import load_table

@@ -17,10 +17,10 @@ from diffusers import (
 from torch import nn
 
 from tdq_plugin.errors import ConfigError
+from tdq_plugin.recipes.compvis.architecture import churches_pipeline
+from tdq_plugin.recipes.evaluation.sampling import sample, scheduler_with
 from tdq_plugin.recipes.float_model import FloatModel, load_float_model, set_attention_heads
-from tdq_plugin.recipes.ldm_churches_architecture import churches_pipeline
 from tdq_plugin.recipes.objectives import NoisedImages
-from tdq_plugin.recipes.sampling import sample, scheduler_with
 
 IMAGES = torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 

@@ -17,9 +17,9 @@ from torch.testing import assert_close
 
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes import find_recipe
-from tdq_plugin.recipes.compvis_weights import load_weights
+from tdq_plugin.recipes.compvis.architecture import churches_pipeline
+from tdq_plugin.recipes.compvis.weights import load_weights
 from tdq_plugin.recipes.float_model import load_float_model, set_attention_heads
-from tdq_plugin.recipes.ldm_churches_architecture import churches_pipeline
 from tdq_plugin.recipes.ldm_churches_import import plan, run
 
 HEADS = 4

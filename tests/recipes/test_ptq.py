@@ -14,14 +14,16 @@ from diffusers import DDIMScheduler, UNet2DModel
 import tdq_plugin as tdq
 from tdq_plugin.deploy import load_int8, lower_to_int8
 from tdq_plugin.errors import ConfigError, LookupRuleError
-from tdq_plugin.recipes import evaluation, find_recipe, ptq_quantize
+from tdq_plugin.recipes import find_recipe
 from tdq_plugin.recipes.bits import Bits
-from tdq_plugin.recipes.evaluation import Evaluator
+from tdq_plugin.recipes.evaluation import denoiser
+from tdq_plugin.recipes.evaluation.denoiser import Evaluator
+from tdq_plugin.recipes.evaluation.sampling import image_shape, sample, scheduler_with
 from tdq_plugin.recipes.frameworks import load_framework, torch_ao
-from tdq_plugin.recipes.method_states import MethodStates
-from tdq_plugin.recipes.ptq_methods import METHODS
+from tdq_plugin.recipes.ptq import quantize as ptq_quantize
+from tdq_plugin.recipes.ptq.method_states import MethodStates
+from tdq_plugin.recipes.ptq.methods import METHODS
 from tdq_plugin.recipes.run_state import RunState
-from tdq_plugin.recipes.sampling import image_shape, sample, scheduler_with
 from tdq_plugin.reconstruct import CalibrationSet
 from tdq_plugin.study.schema import METRICS, validate_report
 
@@ -197,13 +199,13 @@ def test_an_interrupted_run_goes_on(
     assert [call[1].title for call in trained] == ["MinMax", "static LSQ", "TDQ"]
     with monkeypatch.context() as patch:
         trained = count_calls(patch, ptq_quantize, "apply_method")
-        count_calls(patch, evaluation, "sample", interrupt_at=5)
+        count_calls(patch, denoiser, "sample", interrupt_at=5)
         with pytest.raises(KeyboardInterrupt):
             PTQ.run(config)
     assert [call[1].title for call in trained] == ["TDQ", "dynamic"]
     with monkeypatch.context() as patch:
         trained = count_calls(patch, ptq_quantize, "apply_method")
-        drawn = count_calls(patch, evaluation, "sample")
+        drawn = count_calls(patch, denoiser, "sample")
         folder = PTQ.run(config)
     assert (len(trained), len(drawn)) == (0, 3)
     assert json.loads((folder / "report.json").read_text())["rows"] == report["rows"]

@@ -14,10 +14,12 @@ from diffusers import DDIMScheduler, UNet2DModel
 import tdq_plugin as tdq
 from tdq_plugin.deploy import load_int8
 from tdq_plugin.errors import CalibrationError, ConfigError
-from tdq_plugin.recipes import correction, find_recipe, ptq_full_size, ptq_quantize
+from tdq_plugin.recipes import correction, find_recipe
 from tdq_plugin.recipes.correction import row_title
-from tdq_plugin.recipes.ptq_methods import METHODS
-from tdq_plugin.recipes.sampling import sample, scheduler_with
+from tdq_plugin.recipes.evaluation.sampling import sample, scheduler_with
+from tdq_plugin.recipes.ptq import full_size as ptq_full_size
+from tdq_plugin.recipes.ptq import quantize as ptq_quantize
+from tdq_plugin.recipes.ptq.methods import METHODS
 from tdq_plugin.weights import WeightQuantizer
 
 CIFAR, CHURCHES = find_recipe("ddim-cifar10-ptq"), find_recipe("ldm-churches-ptq")

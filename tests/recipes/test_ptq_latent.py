@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from tdq_plugin.deploy import load_int8
 from tdq_plugin.recipes import find_recipe
+from tdq_plugin.recipes.evaluation.sampling import sample, scheduler_with
 from tdq_plugin.recipes.float_model import load_float_model
-from tdq_plugin.recipes.sampling import sample, scheduler_with
 from tdq_plugin.study.schema import METRICS, validate_report
 
 PTQ = find_recipe("ldm-digits-ptq")

@@ -13,9 +13,9 @@ from tdq_plugin.deploy.openvino import OVDenoiser
 from tdq_plugin.errors import ConfigError, LookupRuleError
 from tdq_plugin.recipes import find_recipe
 from tdq_plugin.recipes.bits import Bits
+from tdq_plugin.recipes.evaluation.sampling import image_shape, sample, scheduler_with
 from tdq_plugin.recipes.frameworks import load_framework
-from tdq_plugin.recipes.ptq_methods import METHODS
-from tdq_plugin.recipes.sampling import image_shape, sample, scheduler_with
+from tdq_plugin.recipes.ptq.methods import METHODS
 from tdq_plugin.reconstruct import CalibrationSet
 from tdq_plugin.study.schema import METRICS, validate_report
 

@@ -11,11 +11,11 @@ from diffusers import DDIMScheduler, UNet2DModel
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes import find_recipe
 from tdq_plugin.recipes.bits import Bits
+from tdq_plugin.recipes.evaluation.sampling import image_shape, scheduler_with
 from tdq_plugin.recipes.frameworks import load_framework
-from tdq_plugin.recipes.method_states import MethodStates
-from tdq_plugin.recipes.ptq_methods import METHODS
+from tdq_plugin.recipes.ptq.method_states import MethodStates
+from tdq_plugin.recipes.ptq.methods import METHODS
 from tdq_plugin.recipes.run_state import RunState
-from tdq_plugin.recipes.sampling import image_shape, scheduler_with
 from tdq_plugin.reconstruct import CalibrationSet
 from tdq_plugin.study.schema import METRICS, validate_report
 

@@ -14,8 +14,8 @@ from tdq_plugin.cli import app
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes import find_recipe
 from tdq_plugin.recipes.float_model import load_float_model
-from tdq_plugin.recipes.qat_comparison import begin
-from tdq_plugin.recipes.qat_model import load_weights
+from tdq_plugin.recipes.qat.comparison import begin
+from tdq_plugin.recipes.qat.model import load_weights
 from tdq_plugin.study.schema import METRICS, validate_report
 
 QAT = find_recipe("ddim-digits-qat")

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from tdq_plugin.deploy import load_int8
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes import find_recipe
-from tdq_plugin.recipes.best_checkpoints import BestCheckpoints
 from tdq_plugin.recipes.calibration import placeholder
 from tdq_plugin.recipes.image_data import load_images
-from tdq_plugin.recipes.qat_full_size import prepare_method, train_best
-from tdq_plugin.recipes.qat_stages import start
+from tdq_plugin.recipes.qat.best_checkpoints import BestCheckpoints
+from tdq_plugin.recipes.qat.full_size import prepare_method, train_best
+from tdq_plugin.recipes.qat.stages import start
 
 QAT = find_recipe("ddim-cifar10-qat")
 WITHOUT_NETWORK = ["data={source: digits, validation_images: 16}", "evaluation.features=digits"]
@@ -118,7 +118,7 @@ def test_two_processes_do_what_one_does(finished: Path, overrides: list[str]) ->
 def test_a_restart_repeats_nothing(
     finished: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tdq_plugin.recipes.training import Training
+    from tdq_plugin.recipes.qat.training import Training
 
     config = QAT.configure([*overrides, "name=interrupted"])
     original = Training.advance

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes.digits import load_digits
+from tdq_plugin.recipes.evaluation.image_quality import SampleQuality, as_bytes, missing_packages
+from tdq_plugin.recipes.evaluation.reference import cached_images
 from tdq_plugin.recipes.float_model import load_float_model, set_dropout
 from tdq_plugin.recipes.image_data import DataSection, load_images
-from tdq_plugin.recipes.image_quality import SampleQuality, as_bytes, missing_packages
 from tdq_plugin.recipes.plan import Memory, training_memory
-from tdq_plugin.recipes.reference import cached_images
 
 
 def test_digits_in_the_shape_of_the_model() -> None:

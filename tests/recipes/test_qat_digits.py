@@ -19,7 +19,7 @@ from tdq_plugin.cli import app
 from tdq_plugin.deploy import load_int8
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes import find_recipe
-from tdq_plugin.recipes.qat_model import copy_weights
+from tdq_plugin.recipes.qat.model import copy_weights
 from tdq_plugin.recipes.report_parts import command
 from tdq_plugin.study.schema import METRICS, validate_report
 

@@ -16,7 +16,6 @@ from torch import Tensor, fx
 
 import tdq_plugin as tdq
 from tdq_plugin.errors import ConfigError
-from tdq_plugin.recipes.best_checkpoints import BestCheckpoints
 from tdq_plugin.recipes.bits import Bits
 from tdq_plugin.recipes.float_model import FloatModel, load_float_model
 from tdq_plugin.recipes.frameworks import load_framework
@@ -28,10 +27,11 @@ from tdq_plugin.recipes.objectives import (
     Objective,
     weighting_of,
 )
-from tdq_plugin.recipes.qat_methods import METHODS, apply_method, calibrate_bank
-from tdq_plugin.recipes.qat_model import frozen, load_weights, save_weights
-from tdq_plugin.recipes.training import Training, TrainingSection, parameter_groups
-from tdq_plugin.recipes.training_log import TrainingLog, make_accelerator
+from tdq_plugin.recipes.qat.best_checkpoints import BestCheckpoints
+from tdq_plugin.recipes.qat.methods import METHODS, apply_method, calibrate_bank
+from tdq_plugin.recipes.qat.model import frozen, load_weights, save_weights
+from tdq_plugin.recipes.qat.training import Training, TrainingSection, parameter_groups
+from tdq_plugin.recipes.qat.training_log import TrainingLog, make_accelerator
 from tdq_plugin.reconstruct import CalibrationSet
 from tdq_plugin.scales import GeneratorBank
 
@@ -372,6 +372,6 @@ def test_the_log_goes_on_after_a_kill(tmp_path: Path) -> None:
 
 
 def test_a_tracker_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tdq_plugin.recipes.training_log.find_spec", lambda name: None)
+    monkeypatch.setattr("tdq_plugin.recipes.qat.training_log.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"trackio is not installed\. .*pip install trackio"):
         make_accelerator(tmp_path, "no", ["trackio"], {})

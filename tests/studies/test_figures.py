@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from tdq_plugin.grid import activation_grid
+from tdq_plugin.recipes.evaluation.sampling import sample, scheduler_with
 from tdq_plugin.recipes.float_model import load_float_model
-from tdq_plugin.recipes.sampling import sample, scheduler_with
 from tdq_plugin.studies.definition import Part
 from tdq_plugin.studies.figures import FIGURES
 from tdq_plugin.studies.results import FinishedRun, Group, groups_of

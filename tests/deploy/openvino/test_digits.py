@@ -22,9 +22,9 @@ from tdq_plugin.adapters.nncf import prepare, strip, tdq_quantize_settings
 from tdq_plugin.deploy.openvino import to_openvino
 from tdq_plugin.deploy.openvino.nodes import consumers, fake_quantizers
 from tdq_plugin.deploy.openvino.precision import DEFAULT_PROPERTIES, integer_layers
+from tdq_plugin.recipes.evaluation.sampling import record_trajectories, scheduler_with
 from tdq_plugin.recipes.float_model import load_float_model
-from tdq_plugin.recipes.ptq_config import MODEL
-from tdq_plugin.recipes.sampling import record_trajectories, scheduler_with
+from tdq_plugin.recipes.ptq.config import MODEL
 
 nncf.set_log_level(logging.ERROR)
 

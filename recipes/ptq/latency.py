@@ -8,14 +8,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import tdq_plugin as tdq
-from tdq_plugin.recipes.method_states import MethodStates
-from tdq_plugin.recipes.ptq_quantize import Start
-from tdq_plugin.recipes.sampling import Denoiser
+from tdq_plugin.recipes.evaluation.sampling import Denoiser
+from tdq_plugin.recipes.ptq.method_states import MethodStates
+from tdq_plugin.recipes.ptq.quantize import Start
 from tdq_plugin.study.latency import paired_ratios
 from tdq_plugin.study.schema import Latency
 
 if TYPE_CHECKING:
-    from tdq_plugin.recipes.ptq_comparison import ComparisonRun
+    from tdq_plugin.recipes.ptq.comparison import ComparisonRun
 
 __all__ = ["measure_latency"]
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tdq_plugin.recipes.config import Section
+from tdq_plugin.recipes.evaluation.image_quality import Features, SampleQuality
+from tdq_plugin.recipes.evaluation.sampling import Denoiser, sample, scheduler_with
 from tdq_plugin.recipes.float_model import FloatModel
-from tdq_plugin.recipes.image_quality import Features, SampleQuality
 from tdq_plugin.recipes.objectives import Source
-from tdq_plugin.recipes.sampling import Denoiser, sample, scheduler_with
 
 __all__ = ["SampleEvaluation", "SampleEvaluationSection"]
 

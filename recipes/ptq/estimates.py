@@ -5,7 +5,7 @@ from torch import fx, nn
 import tdq_plugin as tdq
 from tdq_plugin.recipes.calibration import CalibrationSection
 from tdq_plugin.recipes.plan import parameter_bytes, training_memory
-from tdq_plugin.recipes.ptq_training import ReconstructionSection
+from tdq_plugin.recipes.ptq.training import ReconstructionSection
 from tdq_plugin.reconstruct import CalibrationSet, find_blocks
 from tdq_plugin.reconstruct.collect import samples_per_step
 from tdq_plugin.reconstruct.stream import Stream

@@ -18,10 +18,10 @@ from tdq_plugin.recipes.objectives import (
     Objective,
     weighting_of,
 )
-from tdq_plugin.recipes.qat_config import QATConfig
+from tdq_plugin.recipes.qat.config import QATConfig
+from tdq_plugin.recipes.qat.training import Training
+from tdq_plugin.recipes.qat.training_log import TrainingLog, make_accelerator
 from tdq_plugin.recipes.run_state import RunState
-from tdq_plugin.recipes.training import Training
-from tdq_plugin.recipes.training_log import TrainingLog, make_accelerator
 from tdq_plugin.reconstruct import CalibrationSet
 
 __all__ = ["QATRun", "make_objective", "start", "train"]

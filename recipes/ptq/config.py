@@ -8,12 +8,12 @@ from pydantic import Field, ValidationInfo, field_validator
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes.bits import Bits, BitsName
 from tdq_plugin.recipes.calibration import CalibrationSection
-from tdq_plugin.recipes.config import RecipeConfig, filled_in, other_noise
+from tdq_plugin.recipes.config import ASSETS, RecipeConfig, filled_in, other_noise
 from tdq_plugin.recipes.correction import CorrectionSection, row_titles
-from tdq_plugin.recipes.digits_evaluation import EvaluationSection
+from tdq_plugin.recipes.evaluation.digits_evaluation import EvaluationSection
 from tdq_plugin.recipes.frameworks import Framework, FrameworkName
-from tdq_plugin.recipes.ptq_methods import METHODS, covers_trained_methods, known_methods
-from tdq_plugin.recipes.ptq_training import (
+from tdq_plugin.recipes.ptq.methods import METHODS, covers_trained_methods, known_methods
+from tdq_plugin.recipes.ptq.training import (
     MethodTraining,
     ReconstructionSection,
     TrainingSection,
@@ -21,7 +21,7 @@ from tdq_plugin.recipes.ptq_training import (
 
 __all__ = ["PTQConfig"]
 
-MODEL = Path(__file__).parent / "assets" / "ddim-digits"
+MODEL = ASSETS / "ddim-digits"
 
 
 class RoundingSection(ReconstructionSection):

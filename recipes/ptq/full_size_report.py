@@ -7,12 +7,12 @@ from typing import Any
 
 from tdq_plugin.files import atomic_file
 from tdq_plugin.recipes.correction import CORRECTED, row_title
-from tdq_plugin.recipes.image_quality import FEATURE_SPACES
-from tdq_plugin.recipes.ptq_full_size import FLOAT, FullSizePTQRun
-from tdq_plugin.recipes.ptq_methods import METHODS
-from tdq_plugin.recipes.ptq_weights import is_symmetric
+from tdq_plugin.recipes.evaluation.image_quality import FEATURE_SPACES
+from tdq_plugin.recipes.evaluation.sample_rows import SampleRows
+from tdq_plugin.recipes.ptq.full_size import FLOAT, FullSizePTQRun
+from tdq_plugin.recipes.ptq.methods import METHODS
+from tdq_plugin.recipes.ptq.weights import is_symmetric
 from tdq_plugin.recipes.report_parts import command, versions
-from tdq_plugin.recipes.sample_rows import SampleRows
 from tdq_plugin.study.figures import sample_grid
 from tdq_plugin.study.markup import (
     Markup,

@@ -8,8 +8,8 @@ from tdq_plugin.recipes.float_model import load_float_model
 from tdq_plugin.recipes.frameworks import load_framework
 from tdq_plugin.recipes.image_data import load_images
 from tdq_plugin.recipes.plan import Plan, training_memory
-from tdq_plugin.recipes.qat_config import ComparisonConfig
-from tdq_plugin.recipes.qat_methods import check_methods
+from tdq_plugin.recipes.qat.config import ComparisonConfig
+from tdq_plugin.recipes.qat.methods import check_methods
 from tdq_plugin.recipes.run_state import check_folder
 
 __all__ = ["plan_of"]

@@ -13,18 +13,18 @@ from tdq_plugin.freeze import evaluate_table
 from tdq_plugin.observe import Observation
 from tdq_plugin.recipes import calibration
 from tdq_plugin.recipes.correction import corrected, method_of
-from tdq_plugin.recipes.digits_evaluation import make_evaluator
-from tdq_plugin.recipes.evaluation import Evaluator
+from tdq_plugin.recipes.evaluation.denoiser import Evaluator
+from tdq_plugin.recipes.evaluation.digits_evaluation import make_evaluator
+from tdq_plugin.recipes.evaluation.sampling import Denoiser
 from tdq_plugin.recipes.frameworks import Framework
 from tdq_plugin.recipes.image_data import load_images
 from tdq_plugin.recipes.objectives import BatchMemory, Objective
-from tdq_plugin.recipes.qat_config import ComparisonConfig
-from tdq_plugin.recipes.qat_methods import METHODS, apply_method, calibrate_bank, check_methods
-from tdq_plugin.recipes.qat_model import copy_weights, load_weights, save_weights
-from tdq_plugin.recipes.qat_stages import QATRun, make_objective, start, train
-from tdq_plugin.recipes.sampling import Denoiser
-from tdq_plugin.recipes.training import Training
-from tdq_plugin.recipes.training_log import TrainingLog
+from tdq_plugin.recipes.qat.config import ComparisonConfig
+from tdq_plugin.recipes.qat.methods import METHODS, apply_method, calibrate_bank, check_methods
+from tdq_plugin.recipes.qat.model import copy_weights, load_weights, save_weights
+from tdq_plugin.recipes.qat.stages import QATRun, make_objective, start, train
+from tdq_plugin.recipes.qat.training import Training
+from tdq_plugin.recipes.qat.training_log import TrainingLog
 from tdq_plugin.reconstruct import CalibrationSet
 
 __all__ = [

@@ -10,13 +10,13 @@ import tdq_plugin as tdq
 from tdq_plugin.observe import Observation
 from tdq_plugin.ranges import search_scale
 from tdq_plugin.recipes.correction import NOTE
-from tdq_plugin.recipes.evaluation import Evaluator, Result
+from tdq_plugin.recipes.evaluation.denoiser import Evaluator, Result
+from tdq_plugin.recipes.evaluation.image_quality import FEATURE_SPACES
 from tdq_plugin.recipes.frameworks import Framework
-from tdq_plugin.recipes.image_quality import FEATURE_SPACES
-from tdq_plugin.recipes.method_states import MethodStates
-from tdq_plugin.recipes.ptq_latency import measure_latency
-from tdq_plugin.recipes.ptq_methods import METHODS
-from tdq_plugin.recipes.ptq_quantize import Start
+from tdq_plugin.recipes.ptq.latency import measure_latency
+from tdq_plugin.recipes.ptq.method_states import MethodStates
+from tdq_plugin.recipes.ptq.methods import METHODS
+from tdq_plugin.recipes.ptq.quantize import Start
 from tdq_plugin.recipes.report_parts import command, dynamics, versions
 from tdq_plugin.recipes.run_state import RunState
 from tdq_plugin.recipes.saved_model import save_model
@@ -25,8 +25,8 @@ from tdq_plugin.study.figures import error_over_timesteps, sample_grid, scale_cu
 from tdq_plugin.study.schema import Report, ReportRow
 
 if TYPE_CHECKING:
-    from tdq_plugin.recipes.ptq_comparison import ComparisonRun
-    from tdq_plugin.recipes.ptq_config import PTQConfig
+    from tdq_plugin.recipes.ptq.comparison import ComparisonRun
+    from tdq_plugin.recipes.ptq.config import PTQConfig
 
 __all__ = ["write_results"]
 

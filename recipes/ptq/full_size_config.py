@@ -8,16 +8,16 @@ from tdq_plugin.recipes.bits import Bits, BitsName
 from tdq_plugin.recipes.calibration import CalibrationSection
 from tdq_plugin.recipes.config import RecipeConfig, filled_in, other_noise
 from tdq_plugin.recipes.correction import CorrectionSection, row_titles
+from tdq_plugin.recipes.evaluation.sample_evaluation import SampleEvaluationSection
 from tdq_plugin.recipes.frameworks import FrameworkName
 from tdq_plugin.recipes.image_data import ImageSection
-from tdq_plugin.recipes.ptq_methods import METHODS, covers_trained_methods, known_methods
-from tdq_plugin.recipes.ptq_training import (
+from tdq_plugin.recipes.ptq.methods import METHODS, covers_trained_methods, known_methods
+from tdq_plugin.recipes.ptq.training import (
     MethodTraining,
     ReconstructionSection,
     TrainingSection,
 )
-from tdq_plugin.recipes.ptq_weights import WeightChoice
-from tdq_plugin.recipes.sample_evaluation import SampleEvaluationSection
+from tdq_plugin.recipes.ptq.weights import WeightChoice
 
 __all__ = ["FullSizePTQConfig"]
 
@@ -31,7 +31,7 @@ class FullSizePTQConfig(RecipeConfig):
         attention_heads: Of every attention, see `float_model.set_attention_heads`; null: as the
             pipeline's own configuration has them.
         bits: Bits of weights and activations, for example `W8A5`; the first and last layer keep 8.
-        methods: Rows of the result: some of `tdq_plugin.recipes.ptq_methods.METHODS`.
+        methods: Rows of the result: some of `tdq_plugin.recipes.ptq.methods.METHODS`.
         weights: Ranges of the weights, per output channel: `minmax` covers every weight and is
             symmetric, `asymmetric_minmax` has a zero point, as PTQ4DM's; `mse` has the least
             squared error; `adaround` is `mse` with a rounding that trained methods learn together

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import tdq_plugin as tdq
 from tdq_plugin.files import atomic_file
 from tdq_plugin.freeze import evaluate_table
-from tdq_plugin.recipes.ptq_methods import METHODS
+from tdq_plugin.recipes.ptq.methods import METHODS
 from tdq_plugin.recipes.run_state import RunState
 from tdq_plugin.scales import TrainableBank
 

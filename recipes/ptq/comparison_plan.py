@@ -7,9 +7,9 @@ from tdq_plugin.recipes.calibration import placeholder
 from tdq_plugin.recipes.float_model import load_float_model
 from tdq_plugin.recipes.frameworks import load_framework
 from tdq_plugin.recipes.plan import Plan
-from tdq_plugin.recipes.ptq_config import PTQConfig
-from tdq_plugin.recipes.ptq_estimates import calibration_samples, describe_memory, training_steps
-from tdq_plugin.recipes.ptq_methods import METHODS
+from tdq_plugin.recipes.ptq.config import PTQConfig
+from tdq_plugin.recipes.ptq.estimates import calibration_samples, describe_memory, training_steps
+from tdq_plugin.recipes.ptq.methods import METHODS
 from tdq_plugin.recipes.run_state import check_folder
 
 __all__ = ["plan_of"]

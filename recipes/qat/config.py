@@ -9,14 +9,14 @@ from tdq_plugin.recipes.bits import Bits, BitsName
 from tdq_plugin.recipes.calibration import TrajectorySection
 from tdq_plugin.recipes.config import RecipeConfig, Section, filled_in, other_noise
 from tdq_plugin.recipes.correction import CorrectionSection, row_titles
-from tdq_plugin.recipes.digits_evaluation import EvaluationSection
+from tdq_plugin.recipes.evaluation.digits_evaluation import EvaluationSection
+from tdq_plugin.recipes.evaluation.sample_evaluation import SampleEvaluationSection
 from tdq_plugin.recipes.frameworks import FrameworkName
 from tdq_plugin.recipes.image_data import DataSection
 from tdq_plugin.recipes.objectives import ObjectiveName, WeightingName
-from tdq_plugin.recipes.qat_methods import METHODS
-from tdq_plugin.recipes.sample_evaluation import SampleEvaluationSection
-from tdq_plugin.recipes.training import TrainingSection
-from tdq_plugin.recipes.training_log import Tracker
+from tdq_plugin.recipes.qat.methods import METHODS
+from tdq_plugin.recipes.qat.training import TrainingSection
+from tdq_plugin.recipes.qat.training_log import Tracker
 
 __all__ = ["ComparisonConfig", "FullSizeConfig", "QATConfig"]
 
@@ -134,7 +134,7 @@ class FullSizeConfig(QATConfig):
     """One method on a model of full size, judged by many samples.
 
     Attributes:
-        method: One of `tdq_plugin.recipes.qat_methods.METHODS`.
+        method: One of `tdq_plugin.recipes.qat.methods.METHODS`.
         float_layers: Layers that stay float besides those that see the timestep only.
         dropout: Of the residual blocks during training.
         trajectories: Of the float model, for `data_free_distillation`.

@@ -10,10 +10,10 @@ from tqdm.auto import tqdm
 from tdq_plugin.recipes.config import Section
 from tdq_plugin.recipes.digits import load_digits
 from tdq_plugin.recipes.digits_classifier import load_classifier
-from tdq_plugin.recipes.evaluation import Evaluator
+from tdq_plugin.recipes.evaluation.denoiser import Evaluator
+from tdq_plugin.recipes.evaluation.reference import cached_images
+from tdq_plugin.recipes.evaluation.sampling import sample, scheduler_with
 from tdq_plugin.recipes.float_model import FloatModel
-from tdq_plugin.recipes.reference import cached_images
-from tdq_plugin.recipes.sampling import sample, scheduler_with
 
 __all__ = ["EvaluationSection", "float_images", "make_evaluator"]
 

@@ -6,15 +6,15 @@ import torch
 from tqdm.auto import tqdm
 
 from tdq_plugin.recipes.correction import CORRECTED, corrected
-from tdq_plugin.recipes.digits_evaluation import make_evaluator
-from tdq_plugin.recipes.evaluation import Evaluator
+from tdq_plugin.recipes.evaluation.denoiser import Evaluator
+from tdq_plugin.recipes.evaluation.digits_evaluation import make_evaluator
+from tdq_plugin.recipes.evaluation.sampling import Denoiser
 from tdq_plugin.recipes.float_model import FloatModel, load_float_model
 from tdq_plugin.recipes.frameworks import Framework, load_framework
-from tdq_plugin.recipes.method_states import MethodStates
-from tdq_plugin.recipes.ptq_config import PTQConfig
-from tdq_plugin.recipes.ptq_quantize import Start, quantize_method
+from tdq_plugin.recipes.ptq.config import PTQConfig
+from tdq_plugin.recipes.ptq.method_states import MethodStates
+from tdq_plugin.recipes.ptq.quantize import Start, quantize_method
 from tdq_plugin.recipes.run_state import RunState
-from tdq_plugin.recipes.sampling import Denoiser
 
 __all__ = ["ComparisonRun", "begin", "measure", "quantize"]
 

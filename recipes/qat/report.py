@@ -6,13 +6,13 @@ from torch import Tensor
 
 from tdq_plugin.recipes.correction import NOTE as CORRECTION
 from tdq_plugin.recipes.correction import method_of
-from tdq_plugin.recipes.evaluation import Evaluator, Result
-from tdq_plugin.recipes.image_quality import FEATURE_SPACES
+from tdq_plugin.recipes.evaluation.denoiser import Evaluator, Result
+from tdq_plugin.recipes.evaluation.image_quality import FEATURE_SPACES
 from tdq_plugin.recipes.plan import parameter_bytes
-from tdq_plugin.recipes.qat_comparison import Comparison, execution_of, trained
-from tdq_plugin.recipes.qat_config import ComparisonConfig
-from tdq_plugin.recipes.qat_methods import METHODS
-from tdq_plugin.recipes.qat_stages import QATRun
+from tdq_plugin.recipes.qat.comparison import Comparison, execution_of, trained
+from tdq_plugin.recipes.qat.config import ComparisonConfig
+from tdq_plugin.recipes.qat.methods import METHODS
+from tdq_plugin.recipes.qat.stages import QATRun
 from tdq_plugin.recipes.report_parts import command, dynamics, versions
 from tdq_plugin.recipes.saved_model import save_model
 from tdq_plugin.study import write_report

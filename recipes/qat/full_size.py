@@ -10,24 +10,24 @@ from tqdm.auto import tqdm
 import tdq_plugin as tdq
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_file
-from tdq_plugin.recipes.best_checkpoints import BestCheckpoints
+from tdq_plugin.recipes.evaluation.image_quality import FEATURE_SPACES, missing_packages
+from tdq_plugin.recipes.evaluation.sample_evaluation import SampleEvaluation
+from tdq_plugin.recipes.evaluation.sample_rows import SampleRows
+from tdq_plugin.recipes.evaluation.sampling import Denoiser, scheduler_with
 from tdq_plugin.recipes.float_model import FloatModel, set_dropout
 from tdq_plugin.recipes.frameworks import Framework
 from tdq_plugin.recipes.image_data import Images, load_images
-from tdq_plugin.recipes.image_quality import FEATURE_SPACES, missing_packages
 from tdq_plugin.recipes.objectives import NoisedImages, Objective
 from tdq_plugin.recipes.plan import Plan, training_memory
-from tdq_plugin.recipes.qat_config import FullSizeConfig
-from tdq_plugin.recipes.qat_methods import METHODS, apply_method, calibrate_bank, check_methods
-from tdq_plugin.recipes.qat_model import frozen, load_weights
-from tdq_plugin.recipes.qat_stages import QATRun, make_objective, train
+from tdq_plugin.recipes.qat.best_checkpoints import BestCheckpoints
+from tdq_plugin.recipes.qat.config import FullSizeConfig
+from tdq_plugin.recipes.qat.methods import METHODS, apply_method, calibrate_bank, check_methods
+from tdq_plugin.recipes.qat.model import frozen, load_weights
+from tdq_plugin.recipes.qat.stages import QATRun, make_objective, train
+from tdq_plugin.recipes.qat.training import Training
+from tdq_plugin.recipes.qat.training_log import TrainingLog
 from tdq_plugin.recipes.run_state import check_folder
-from tdq_plugin.recipes.sample_evaluation import SampleEvaluation
-from tdq_plugin.recipes.sample_rows import SampleRows
-from tdq_plugin.recipes.sampling import Denoiser, scheduler_with
 from tdq_plugin.recipes.saved_model import save_model
-from tdq_plugin.recipes.training import Training
-from tdq_plugin.recipes.training_log import TrainingLog
 from tdq_plugin.reconstruct import CalibrationSet, collect_trajectories
 
 __all__ = ["calibration_batch", "judge_best", "plan_of", "prepare_method", "train_best"]

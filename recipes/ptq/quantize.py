@@ -11,8 +11,8 @@ import tdq_plugin as tdq
 from tdq_plugin.calibrate import initialise_scales
 from tdq_plugin.observe import Observation
 from tdq_plugin.recipes.float_model import FloatModel
-from tdq_plugin.recipes.ptq_methods import METHODS, Method
-from tdq_plugin.recipes.ptq_training import MethodTraining, train
+from tdq_plugin.recipes.ptq.methods import METHODS, Method
+from tdq_plugin.recipes.ptq.training import MethodTraining, train
 from tdq_plugin.reconstruct import CalibrationSet
 from tdq_plugin.scales import TrainableBank
 

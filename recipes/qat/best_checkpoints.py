@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from tdq_plugin.files import atomic_file
-from tdq_plugin.recipes.qat_model import save_weights
+from tdq_plugin.recipes.qat.model import save_weights
 
 __all__ = ["BestCheckpoints"]
 

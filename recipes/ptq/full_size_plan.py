@@ -4,15 +4,15 @@ import torch
 
 import tdq_plugin as tdq
 from tdq_plugin.recipes.calibration import placeholder
+from tdq_plugin.recipes.evaluation.image_quality import FEATURE_SPACES, missing_packages
 from tdq_plugin.recipes.frameworks import load_framework
 from tdq_plugin.recipes.image_data import load_all_images
-from tdq_plugin.recipes.image_quality import FEATURE_SPACES, missing_packages
 from tdq_plugin.recipes.plan import Plan
-from tdq_plugin.recipes.ptq_estimates import calibration_samples, describe_memory, training_steps
-from tdq_plugin.recipes.ptq_full_size import load_model
-from tdq_plugin.recipes.ptq_full_size_config import FullSizePTQConfig
-from tdq_plugin.recipes.ptq_methods import METHODS
-from tdq_plugin.recipes.ptq_weights import check_weights, is_symmetric, set_weight_ranges
+from tdq_plugin.recipes.ptq.estimates import calibration_samples, describe_memory, training_steps
+from tdq_plugin.recipes.ptq.full_size import load_model
+from tdq_plugin.recipes.ptq.full_size_config import FullSizePTQConfig
+from tdq_plugin.recipes.ptq.methods import METHODS
+from tdq_plugin.recipes.ptq.weights import check_weights, is_symmetric, set_weight_ranges
 from tdq_plugin.recipes.run_state import check_folder
 
 __all__ = ["plan_of"]

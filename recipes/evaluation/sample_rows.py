@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tdq_plugin.files import atomic_file
-from tdq_plugin.recipes.sample_evaluation import SampleEvaluation
-from tdq_plugin.recipes.sampling import Denoiser, sample
+from tdq_plugin.recipes.evaluation.sample_evaluation import SampleEvaluation
+from tdq_plugin.recipes.evaluation.sampling import Denoiser, sample
 
 __all__ = ["SampleRows"]
 

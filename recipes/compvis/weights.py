@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, LDMPipeline
 from torch import Tensor, nn
 
 from tdq_plugin.errors import ConfigError
-from tdq_plugin.recipes.compvis_names import autoencoder_layers, unet_layers
+from tdq_plugin.recipes.compvis.names import autoencoder_layers, unet_layers
 
 __all__ = ["load_compvis", "load_weights"]
 

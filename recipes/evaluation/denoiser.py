@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from tdq_plugin.recipes.sampling import (
+from tdq_plugin.recipes.evaluation.sampling import (
     Denoiser,
     Trajectories,
     record_trajectories,

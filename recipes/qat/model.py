@@ -18,7 +18,7 @@ from tdq_plugin.freeze import evaluate_table
 from tdq_plugin.scales import FrozenBank
 
 if TYPE_CHECKING:
-    from tdq_plugin.recipes.qat_config import QATConfig
+    from tdq_plugin.recipes.qat.config import QATConfig
 
 __all__ = ["copy_weights", "frozen", "load_weights", "save_weights"]
 

@@ -11,19 +11,19 @@ from safetensors.torch import load_file, save_file
 from tdq_plugin.files import atomic_file
 from tdq_plugin.recipes.calibration import collect, observe
 from tdq_plugin.recipes.correction import corrected, method_of
+from tdq_plugin.recipes.evaluation.image_quality import require_features
+from tdq_plugin.recipes.evaluation.sample_evaluation import SampleEvaluation
+from tdq_plugin.recipes.evaluation.sample_rows import SampleRows
+from tdq_plugin.recipes.evaluation.sampling import Denoiser, scheduler_with
 from tdq_plugin.recipes.float_model import FloatModel, load_float_model, set_attention_heads
 from tdq_plugin.recipes.frameworks import Framework, load_framework
 from tdq_plugin.recipes.image_data import Images, load_all_images
-from tdq_plugin.recipes.image_quality import require_features
-from tdq_plugin.recipes.method_states import MethodStates
-from tdq_plugin.recipes.ptq_full_size_config import FullSizePTQConfig
-from tdq_plugin.recipes.ptq_methods import METHODS
-from tdq_plugin.recipes.ptq_quantize import Start, quantize_method
-from tdq_plugin.recipes.ptq_weights import check_weights, is_symmetric, set_weight_ranges
+from tdq_plugin.recipes.ptq.full_size_config import FullSizePTQConfig
+from tdq_plugin.recipes.ptq.method_states import MethodStates
+from tdq_plugin.recipes.ptq.methods import METHODS
+from tdq_plugin.recipes.ptq.quantize import Start, quantize_method
+from tdq_plugin.recipes.ptq.weights import check_weights, is_symmetric, set_weight_ranges
 from tdq_plugin.recipes.run_state import RunState
-from tdq_plugin.recipes.sample_evaluation import SampleEvaluation
-from tdq_plugin.recipes.sample_rows import SampleRows
-from tdq_plugin.recipes.sampling import Denoiser, scheduler_with
 from tdq_plugin.recipes.saved_model import save_model
 from tdq_plugin.reconstruct import CalibrationSet
 from tdq_plugin.study.schema import SizeBytes

@@ -1,0 +1,1 @@
+"""CompVis' latent-diffusion checkpoints as diffusers pipelines."""

@@ -1,0 +1,1 @@
+"""How good a quantized model is: sampling, errors along trajectories, quality of images."""

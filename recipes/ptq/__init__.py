@@ -1,0 +1,1 @@
+"""Post-training quantization: what the four PTQ recipes are made of."""

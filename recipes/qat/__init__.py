@@ -1,0 +1,1 @@
+"""Quantization-aware training: what the four QAT recipes are made of."""
