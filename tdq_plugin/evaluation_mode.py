@@ -1,0 +1,33 @@
+"""Evaluation mode for a while."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+__all__ = ["evaluation_mode"]
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within the block, dropout and batch statistics are those of evaluation.
+
+    Each module's own flag comes back afterwards, also where parts of a model differ. The flags are
+    set directly, because exported graphs refuse `train()` and `eval()`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+        >>> with evaluation_mode(model):
+        ...     model[0].training
+        False
+        >>> model[0].training, model[1].training
+        (True, False)
+    """
+    training = {module: module.training for module in model.modules()}
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module, was_training in training.items():
+            module.training = was_training
