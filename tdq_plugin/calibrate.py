@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tdq_plugin.attach import named_quantizers, scale_bank
-from tdq_plugin.errors import AdapterError
+from tdq_plugin.errors import AdapterError, CalibrationError
+from tdq_plugin.evaluation_mode import evaluation_mode
 from tdq_plugin.observe import Observation, TimestepObserver
 from tdq_plugin.quantizer import ActivationQuantizer
 from tdq_plugin.ranges import RangeMethod, search_range, search_scale
@@ -24,11 +25,15 @@ def calibrate(
     warm_start: bool = True,
     **options: Any,
 ) -> dict[str, Observation]:
-    """Run calibration batches through the float model and set the scales.
+    """Run calibration batches through the model and set the scales.
+
+    The model runs in evaluation mode, without dropout, with float activations and with weights as
+    they are quantized.
 
     Args:
         model: An attached model.
-        batches: Arguments of the model, as tuples or dictionaries. Timesteps may be mixed.
+        batches: Arguments of the model: tuples, dictionaries, or tuples that end with a dictionary
+            of the arguments that are given by name. Timesteps may be mixed.
         method: How a range becomes a scale, see `tdq_plugin.ranges`.
         warm_start: Let the bank follow the observed ranges over t from the start; else it starts
             at the static scale for every t.
@@ -42,10 +47,8 @@ def calibrate(
     """
     with calibration(model, **options) as observers, torch.no_grad():
         for batch in batches:
-            if isinstance(batch, dict):
-                model(**batch)
-            else:
-                model(*batch)
+            args, kwargs = _arguments(batch)
+            model(*args, **kwargs)
     observations = {name: observer.result() for name, observer in observers.items()}
     initialise_scales(scale_bank(model), observations, method, warm_start)
     return observations
@@ -56,6 +59,8 @@ def calibration(
     model: nn.Module, num_timesteps: int = 1000, bins: int = 50, samples: int = 2048
 ) -> Iterator[dict[str, TimestepObserver]]:
     """Within the block, the activations of every call of the model are float and are observed.
+
+    The model is in evaluation mode meanwhile; afterwards its training flags are as before.
 
     Args:
         model: An attached model.
@@ -79,7 +84,8 @@ def calibration(
     for quantizer in quantizers.values():
         quantizer.mode = "observe"
     try:
-        yield observers
+        with evaluation_mode(model):
+            yield observers
     finally:
         handle.remove()
         model.scale_bank = bank
@@ -97,9 +103,15 @@ def initialise_scales(
     """Set a bank's static scales and zero points, then let it follow the ranges over t.
 
     The static scale comes from the values of all timesteps together.
+
+    Raises:
+        AdapterError: The bank is frozen.
+        CalibrationError: The timesteps are fractions of a process that is said to be longer.
     """
     if not isinstance(bank, TrainableBank):
         raise AdapterError(f"A {type(bank).__name__} cannot be calibrated: it is frozen.")
+    if warm_start:
+        _require_spread(next(iter(observations.values())).timesteps)
     static, curves = [], []
     for name, grid in zip(bank.names, bank.grids, strict=True):
         seen = observations[name]
@@ -119,6 +131,24 @@ def initialise_scales(
         timesteps = next(iter(observations.values())).timesteps
         scales, zeros = torch.stack(curves).unbind(1)
         bank.warm_start(timesteps, scales, zeros)
+
+
+def _require_spread(timesteps: Tensor) -> None:
+    """See that t is not a fraction: all of a process would fall into the first bin, silently."""
+    if len(timesteps) == 1 and 0 < float(timesteps) < 1:
+        raise CalibrationError(
+            f"All timesteps lie between 0 and 1, {float(timesteps):.3g} in the mean, so nothing "
+            "can be seen to change with t. If the model takes t as a fraction, give the "
+            "calibration and the bank's configuration num_timesteps=2."
+        )
+
+
+def _arguments(batch: tuple[Any, ...] | dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(batch, dict):
+        return (), batch
+    if batch and isinstance(batch[-1], dict):
+        return tuple(batch[:-1]), batch[-1]
+    return tuple(batch), {}
 
 
 class _Watch(ScaleBank):

@@ -11,6 +11,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tdq_plugin.errors import TDQError, TraceError
+from tdq_plugin.evaluation_mode import evaluation_mode
+from tdq_plugin.float32 import Float32Module
 from tdq_plugin.graph.compute import make_operands_positional
 from tdq_plugin.graph.concolic import ConcolicTracer
 from tdq_plugin.graph.dropout import dropout_to_modules
@@ -119,7 +121,7 @@ def _record(model: nn.Module, call: inspect.BoundArguments) -> fx.GraphModule:
     tracer = ConcolicTracer(call, inputs, _first if has_return_dict else _unchanged)
     # A tracer stores tensor constants on the module that it traces; here on a shallow copy.
     root = copy.copy(model)
-    with torch.no_grad(), _evaluation(root):
+    with torch.no_grad(), evaluation_mode(root), _same_buffers(root):
         try:
             graph = tracer.trace(root)
         except TDQError:
@@ -133,7 +135,22 @@ def _record(model: nn.Module, call: inspect.BoundArguments) -> fx.GraphModule:
             ) from error
     graph_module = fx.GraphModule(root, graph, class_name=type(model).__name__)
     dropout_to_modules(graph_module)
+    _separate_constants(graph_module)
     return graph_module
+
+
+def _separate_constants(graph_module: fx.GraphModule) -> None:
+    """Tensors that forward itself makes keep their dtype, and stay out of the state dict."""
+    constants = Float32Module()
+    for node in graph_module.graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        if name.startswith("_tensor_constant"):
+            if hasattr(graph_module, name):
+                constants.register_buffer(name[1:], getattr(graph_module, name), persistent=False)
+                delattr(graph_module, name)
+            node.target = f"traced_constants.{name[1:]}"
+    if next(constants.buffers(), None) is not None:
+        graph_module.traced_constants = constants
 
 
 def _check_forward_runs(model: nn.Module, call: inspect.BoundArguments) -> None:
@@ -148,21 +165,16 @@ def _check_forward_runs(model: nn.Module, call: inspect.BoundArguments) -> None:
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards training flags and buffers are as before."""
-    training = {module: module.training for module in model.modules()}
+def _same_buffers(model: nn.Module) -> Iterator[None]:
+    """Afterwards buffers are as before."""
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
     try:
-        for module in training:
-            module.training = False
         yield
     finally:
-        for module, was_training in training.items():
-            module.training = was_training
         for module, name, buffer, content in buffers:
             setattr(module, name, buffer)
             buffer.copy_(content)

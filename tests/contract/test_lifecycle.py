@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from contract.adapters import exportable, inference
-from contract.networks import BATCHES, STEPS
+from contract.networks import BATCHES, STEPS, TinyDenoiser, example_inputs
 from torch import distributed, nn
 
 import tdq_plugin as tdq
@@ -89,6 +89,27 @@ def test_training_lowers_the_quantization_error(make):
         schedule.step()
         errors.append(error.item())
     assert sum(errors[-3:]) / 3 < 0.7 * errors[0]
+
+
+class Noisy(TinyDenoiser):
+    """The denoiser with dropout behind its first layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = torch.nn.Dropout(0.9)
+
+    def forward(self, sample, timestep):
+        return super().forward(self.dropout(sample), timestep)
+
+
+def test_calibration_and_reconstruction_see_no_dropout(adapter):
+    model = tdq.attach(adapter.prepare(Noisy().eval(), example_inputs(), 8, 8)).train()
+    flags = {name: module.training for name, module in model.named_modules()}
+    seen = tdq.calibrate(model, BATCHES)
+    again = tdq.calibrate(model, BATCHES)
+    for name, observation in seen.items():
+        assert torch.equal(observation.limits, again[name].limits), name
+    assert {name: module.training for name, module in model.named_modules()} == flags
 
 
 def test_calibration_is_float_and_leaves_no_trace(attach_only):
