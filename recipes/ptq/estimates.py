@@ -1,5 +1,7 @@
 """What a PTQ recipe will need, before it starts: calibration samples, steps, memory."""
 
+import math
+
 from torch import fx, nn
 
 import tdq_plugin as tdq
@@ -27,7 +29,7 @@ def calibration_samples(
         steps,
         section.images // groups,
         section.distribution,
-        latent_shape,
+        4 * math.prod(latent_shape),
         section.byte_budget // groups,
     )
     return groups * sum(counts)

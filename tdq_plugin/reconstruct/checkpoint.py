@@ -2,67 +2,119 @@
 
 import json
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
+from tdq_plugin.attach import scale_bank
 from tdq_plugin.errors import ConfigError, TableFormatError
 from tdq_plugin.files import atomic_file
+from tdq_plugin.reconstruct.config import ReconstructionConfig
 from tdq_plugin.reconstruct.rounded_layers import RoundedLayers
-from tdq_plugin.scales.bank import ScaleBank
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
+__all__ = ["Checkpoint"]
 
 _ROUNDING = "rounding:"
+_REMEDY = "Remove it, or choose another file."
 
 
-def save_checkpoint(
-    path: Path, bank: ScaleBank, rounded: RoundedLayers, config: Any, losses: list[float]
-) -> None:
-    """Write the bank, and roundings and losses of the finished blocks, atomically."""
-    metadata = {"config": json.dumps(asdict(config)), "losses": json.dumps(losses)}
-    state = bank.state_dict() | {_ROUNDING + k: v for k, v in rounded.state_dict().items()}
-    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-    with atomic_file(path) as temporary:
-        save_file(tensors, temporary, metadata)
+class Checkpoint:
+    """The bank, and roundings and losses of the finished blocks, in a file.
 
+    It belongs to a configuration, a bank and the weights that the reconstruction starts from.
 
-def load_checkpoint(
-    path: Path, bank: ScaleBank, rounded: RoundedLayers, config: Any
-) -> list[float]:
-    """Restore bank and roundings if there is a checkpoint; return the finished blocks' losses.
-
-    Raises:
-        ConfigError: The checkpoint was written with another configuration, or another bank.
-        TableFormatError: The file is not readable.
+    Args:
+        path: The file; None keeps nothing.
+        model: The attached model, its weights not yet rounded.
+        config: How it is trained.
     """
-    if not path.exists():
-        return []
+
+    def __init__(
+        self, path: str | Path | None, model: nn.Module, config: ReconstructionConfig
+    ) -> None:
+        self._path = None if path is None else Path(path)
+        self._bank = scale_bank(model)
+        self._belongs_to = {} if path is None else _belongs_to(model, config)
+
+    def save(self, rounded: RoundedLayers, losses: list[float]) -> None:
+        """Write it, atomically."""
+        if self._path is None:
+            return
+        metadata = self._belongs_to | {"losses": json.dumps(losses)}
+        roundings = {_ROUNDING + path: v for path, v in rounded.state_dict().items()}
+        state = self._bank.state_dict() | roundings
+        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+        with atomic_file(self._path) as temporary:
+            save_file(tensors, temporary, metadata)
+
+    def load(self, rounded: RoundedLayers) -> list[float]:
+        """Restore bank and roundings if there is a file; return the finished blocks' losses.
+
+        Raises:
+            ConfigError: It was written with another configuration, for another bank, or from other
+                weights, as those of a model that has been reconstructed already.
+            TableFormatError: The file is not readable.
+        """
+        if self._path is None or not self._path.exists():
+            return []
+        metadata, state = _read(self._path)
+        self._check(metadata)
+        learned = {key for key in state if key.startswith(_ROUNDING)}
+        self._bank.load_state_dict({k: v for k, v in state.items() if k not in learned})
+        rounded.load_state_dict({k.removeprefix(_ROUNDING): state[k] for k in learned})
+        losses: list[float] = json.loads(metadata["losses"])
+        return losses
+
+    def _check(self, metadata: dict[str, str]) -> None:
+        for what, ours in self._belongs_to.items():
+            theirs = metadata.get(what)
+            if theirs == ours:
+                continue
+            if what == "weights":
+                raise ConfigError(
+                    f"{self._path} was written from other weights than this model has. If the "
+                    "model has been reconstructed already, its weights are rounded and there is "
+                    f"nothing left to do. {_REMEDY}"
+                )
+            raise ConfigError(
+                f"{self._path} was written with another {what}: {theirs} instead of {ours}. "
+                f"{_REMEDY}"
+            )
+
+
+def _belongs_to(model: nn.Module, config: ReconstructionConfig) -> dict[str, str]:
+    bank = scale_bank(model)
+    names = zip(bank.names, bank.grids, strict=True)
+    return {
+        "configuration": json.dumps(asdict(config)),
+        "scale bank": f"{type(bank).__name__}({bank.extra_repr()})",
+        "set of quantizers": json.dumps({name: asdict(grid) for name, grid in names}),
+        "weights": _digest(model),
+    }
+
+
+def _digest(model: nn.Module) -> str:
+    digest = sha256()
+    for name, parameter in model.named_parameters():
+        if not name.startswith("scale_bank."):
+            digest.update(name.encode())
+            digest.update(_bytes(parameter))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> Any:
+    # numpy has no bfloat16.
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with safe_open(str(path), framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise TableFormatError(f"{path} is not a readable checkpoint: {error}.") from error
-    if metadata.get("config") != json.dumps(asdict(config)):
-        raise ConfigError(
-            f"{path} was written with another configuration: {metadata.get('config')}. "
-            "Remove it, or choose another file."
-        )
-    scales = {k: v for k, v in state.items() if not k.startswith(_ROUNDING)}
-    # Before anything is loaded, for torch would load what fits.
-    if {k: v.shape for k, v in scales.items()} != {
-        k: v.shape for k, v in bank.state_dict().items()
-    }:
-        raise ConfigError(
-            f"{path} was written with another scale bank than this {type(bank).__name__} of "
-            f"{len(bank.names)} quantizers. Remove it, or choose another file."
-        )
-    bank.load_state_dict(scales)
-    rounded.load_state_dict(
-        {k.removeprefix(_ROUNDING): v for k, v in state.items() if k.startswith(_ROUNDING)}
-    )
-    losses: list[float] = json.loads(metadata["losses"])
-    return losses

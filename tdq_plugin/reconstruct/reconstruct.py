@@ -8,8 +8,9 @@ from torch import Tensor, fx, nn
 
 from tdq_plugin.attach import named_quantizers, scale_bank
 from tdq_plugin.errors import AdapterError
+from tdq_plugin.evaluation_mode import evaluation_mode
 from tdq_plugin.reconstruct.blocks import Block, find_blocks, run_block
-from tdq_plugin.reconstruct.checkpoint import load_checkpoint, save_checkpoint
+from tdq_plugin.reconstruct.checkpoint import Checkpoint
 from tdq_plugin.reconstruct.collect import CalibrationSet
 from tdq_plugin.reconstruct.config import ReconstructionConfig
 from tdq_plugin.reconstruct.rounded_layers import RoundedLayers
@@ -37,7 +38,7 @@ def reconstruct(
     data: CalibrationSet,
     config: ReconstructionConfig | None = None,
     weighting: Callable[[Tensor], Tensor] | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     progress: Callable[[Progress], None] | None = None,
     reference: Denoiser | None = None,
 ) -> list[float]:
@@ -46,7 +47,7 @@ def reconstruct(
     A traced graph can be trained block by block, as BRECQ does (arXiv 2102.05426); any other
     model is trained on its output. Weights stay as they are, unless `config.learn_rounding` has
     their rounding learned too. They then become multiples of their scales; after an error they
-    are as before.
+    are as before. The model runs in evaluation mode, without dropout.
 
     Args:
         model: An attached and calibrated model.
@@ -65,8 +66,11 @@ def reconstruct(
 
     Raises:
         AdapterError: The model's bank is frozen, it is no graph and shall be trained by blocks,
-            or its rounding shall be learned and it has no weight quantizers.
+            its rounding shall be learned and it has no weight quantizers, or its inputs are not
+            those of the data.
         CalibrationError: The loss is not finite.
+        ConfigError: The checkpoint belongs to another configuration, bank or model, or to this
+            model before it was reconstructed.
     """
     config = config or ReconstructionConfig()
     bank = scale_bank(model)
@@ -75,12 +79,14 @@ def reconstruct(
             f"The model's bank is a {type(bank).__name__}: nothing to train. Reconstruct before "
             "freeze."
         )
-    if not isinstance(model, fx.GraphModule):
-        return _reconstruct_whole(model, data, config, weighting, checkpoint, progress, reference)
-    with RoundedLayers(model) as rounded:
-        if config.learn_rounding:
-            rounded.check()
-        return _reconstruct(model, data, config, weighting, rounded, checkpoint, progress)
+    kept = Checkpoint(checkpoint, model, config)
+    with evaluation_mode(model):
+        if not isinstance(model, fx.GraphModule):
+            return _reconstruct_whole(model, data, config, weighting, kept, progress, reference)
+        with RoundedLayers(model) as rounded:
+            if config.learn_rounding:
+                rounded.check()
+            return _reconstruct(model, data, config, weighting, rounded, kept, progress)
 
 
 def _reconstruct_whole(
@@ -88,7 +94,7 @@ def _reconstruct_whole(
     data: CalibrationSet,
     config: ReconstructionConfig,
     weighting: Callable[[Tensor], Tensor] | None,
-    checkpoint: Path | None,
+    checkpoint: Checkpoint,
     progress: Callable[[Progress], None] | None,
     reference: Denoiser | None,
 ) -> list[float]:
@@ -98,14 +104,13 @@ def _reconstruct_whole(
             f"needs a traced graph, and this is a {type(model).__name__}. Use "
             "granularity='network' without learned rounding."
         )
-    bank, rounded = scale_bank(model), RoundedLayers(model)
-    losses = load_checkpoint(checkpoint, bank, rounded, config) if checkpoint is not None else []
+    rounded = RoundedLayers(model)
+    losses = checkpoint.load(rounded)
     if not losses:
         objective = whole_model_objective(model, data, reference)
         report = _counter(progress, objective.name, 0, 1, config)
         losses = [train_scales(model, objective, config, [], weighting, report)]
-        if checkpoint is not None:
-            save_checkpoint(checkpoint, bank, rounded, config, losses)
+        checkpoint.save(rounded, losses)
     return losses
 
 
@@ -115,13 +120,12 @@ def _reconstruct(
     config: ReconstructionConfig,
     weighting: Callable[[Tensor], Tensor] | None,
     rounded: RoundedLayers,
-    checkpoint: Path | None,
+    checkpoint: Checkpoint,
     progress: Callable[[Progress], None] | None,
 ) -> list[float]:
-    bank = scale_bank(model)
     blocks = find_blocks(model.graph, config.granularity)
     trained = [block for block in blocks if _has_quantizers(block, model)]
-    losses = load_checkpoint(checkpoint, bank, rounded, config) if checkpoint is not None else []
+    losses = checkpoint.load(rounded)
     quantized, target = Stream(model, data), Stream(model, data)
     for position, block in enumerate(blocks):
         with quantization(model, enabled=False):
@@ -132,8 +136,7 @@ def _reconstruct(
             objective = _objective(model, block, quantized, target)
             losses.append(train_scales(model, objective, config, roundings, weighting, report))
             rounded.harden()
-            if checkpoint is not None:
-                save_checkpoint(checkpoint, bank, rounded, config, losses)
+            checkpoint.save(rounded, losses)
         quantized.advance(block)
         for stream in (quantized, target):
             stream.forget(blocks[position + 1 :])

@@ -19,7 +19,7 @@ class Stream:
 
     Args:
         model: An attached graph.
-        data: The samples and their timesteps.
+        data: The samples, their timesteps and conditions.
         batch_size: Samples in a forward.
 
     Attributes:
@@ -76,4 +76,11 @@ def _bind(graph: fx.Graph, data: CalibrationSet) -> dict[fx.Node, Tensor]:
     bound = {sample: data.samples}
     if isinstance(timestep, fx.Node):
         bound[timestep] = data.timesteps
-    return bound
+    conditions = {str(node.target): node for node in placeholders if node not in bound}
+    if conditions.keys() != data.conditions.keys():
+        raise AdapterError(
+            f"Besides the sample and the timestep this graph has the inputs {list(conditions)}, "
+            f"and the calibration data have the conditions {list(data.conditions)}. Give exactly "
+            "these inputs: CalibrationSet(samples, timesteps, conditions={...})."
+        )
+    return bound | {node: data.conditions[name] for name, node in conditions.items()}

@@ -27,7 +27,8 @@ def whole_model_objective(
     """
 
     def run(index: Tensor) -> list[Tensor]:
-        return [first_tensor(model(data.samples[index], data.timesteps[index]))]
+        conditions = {name: value[index] for name, value in data.conditions.items()}
+        return [first_tensor(model(data.samples[index], data.timesteps[index], **conditions))]
 
     with quantization(model, enabled=False):
         target = _outputs(reference or model, data)
@@ -36,4 +37,8 @@ def whole_model_objective(
 
 @torch.no_grad()
 def _outputs(model: Denoiser, data: CalibrationSet, batch_size: int = 128) -> Tensor:
-    return torch.cat([first_tensor(model(*batch)) for batch in data.batches(batch_size)])
+    outputs = []
+    for samples, timesteps, *conditions in data.batches(batch_size):
+        by_name = conditions[0] if conditions else {}
+        outputs.append(first_tensor(model(samples, timesteps, **by_name)))
+    return torch.cat(outputs)

@@ -61,7 +61,7 @@ def test_the_budget_bounds_the_samples(scheduler, distribution):
 
 @pytest.mark.parametrize("affordable", [10, 35, 101])
 def test_rounding_up_stays_within_the_budget(affordable):
-    counts = samples_per_step(10, 256, "normal", SHAPE, affordable * 16 * 4)
+    counts = samples_per_step(10, 256, "normal", 16 * 4, affordable * 16 * 4)
     assert min(counts) >= 1
     assert sum(counts) <= affordable
 
@@ -79,6 +79,30 @@ def test_progress_reaches_the_end_and_seeds_repeat(scheduler):
     second = collect_trajectories(half, scheduler, SHAPE, images=5, batch_size=2)
     assert calls[-1] == (30, 30)
     assert torch.equal(first.samples, second.samples)
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "normal"])
+def test_conditions_stay_with_their_images(scheduler, distribution):
+    def shifted(samples, timestep, label):
+        return 0.5 * samples + label.view(-1, 1, 1, 1)
+
+    def trajectories(label):
+        return collect_trajectories(
+            shifted, scheduler, SHAPE, 5, distribution, batch_size=2, conditions={"label": label}
+        )
+
+    labels = torch.arange(5.0)
+    data = trajectories(labels)
+    other = trajectories(labels + 100 * (labels == 3))
+    follows = ((data.samples - other.samples).flatten(1).abs().amax(1) > 1e-3).nonzero().flatten()
+    assert len(follows)
+    assert data.conditions["label"][follows].eq(3).all()
+    assert len(data.conditions["label"]) == len(data)
+    (samples, timesteps, conditions) = list(data.batches(4))[1]
+    assert torch.equal(conditions["label"], data.conditions["label"][4:8])
+    assert len(samples) == len(timesteps) == 4
+    with pytest.raises(ConfigError, match="'label' has 4 rows for 5 images"):
+        trajectories(torch.arange(4.0))
 
 
 def test_choices_that_there_are_not(scheduler):

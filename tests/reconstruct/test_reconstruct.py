@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
 import tdq_plugin as tdq
+from tdq_plugin.adapters.torch_ao import tdq_backend_config, tdq_qconfig_mapping
 from tdq_plugin.errors import AdapterError, CalibrationError, ConfigError, TableFormatError
 from tdq_plugin.reconstruct import (
     CalibrationSet,
@@ -149,9 +151,71 @@ def test_a_checkpoint_of_another_bank_is_refused(model, data, tmp_path):
     other = tdq.ConstantBank(dict(zip(live.names, live.grids, strict=True)))
     other.set_static(live.base_scale[:, 0] * 2, live.zero_point[:, 0].detach())
     tdq.set_scale_bank(model, other)
-    with pytest.raises(ConfigError, match=r"another scale bank than this ConstantBank.*Remove it"):
+    with pytest.raises(
+        ConfigError, match=r"another scale bank: GeneratorBank.*instead of ConstantBank.*Remove it"
+    ):
         reconstruct(model, data, config, checkpoint=checkpoint)
     assert torch.equal(other.base_scale, live.base_scale * 2)
+
+
+def test_a_checkpoint_of_other_bits_is_refused(calibrated, clone, data, tmp_path):
+    config, checkpoint = ReconstructionConfig(iterations=1), tmp_path / "scales.safetensors"
+    reconstruct(clone(calibrated(4, 8)), data, config, checkpoint=checkpoint)
+    with pytest.raises(ConfigError, match=r"another set of quantizers.*quant_max\": 15"):
+        reconstruct(clone(calibrated(8, 8)), data, config, checkpoint=checkpoint)
+
+
+def test_a_checkpoint_of_other_weights_is_refused(model, data, tmp_path):
+    config, checkpoint = ReconstructionConfig(iterations=1), tmp_path / "scales.safetensors"
+    reconstruct(model, data, config, checkpoint=str(checkpoint))
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if n.endswith("weight")).mul_(2)
+    with pytest.raises(ConfigError, match=r"was written from other weights"):
+        reconstruct(model, data, config, checkpoint=checkpoint)
+
+
+class Conditioned(torch.nn.Module):
+    """A denoiser that also sees a condition."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, sample, timestep, label):
+        hidden = self.first(sample + label).relu() * (1 + timestep.view(-1, 1) / 1000)
+        return self.last(hidden)
+
+
+@pytest.fixture
+def conditioned_data():
+    generator = torch.Generator().manual_seed(0)
+    label = torch.randn(16, 8, generator=generator)
+    return CalibrationSet(
+        torch.randn(16, 8, generator=generator), torch.arange(0.0, 960, 60), {"label": label}
+    )
+
+
+@pytest.mark.parametrize("granularity", ["block", "network"])
+def test_conditions_reach_the_model(conditioned_data, granularity):
+    data, network = conditioned_data, Conditioned().eval()
+    example = data.samples[:2], data.timesteps[:2], data.conditions["label"][:2]
+    graph = tdq.trace(network, example)
+    mapping = tdq_qconfig_mapping(graph, 3, 8, first_last_bits=None)
+    prepared = prepare_qat_fx(graph, mapping, example, backend_config=tdq_backend_config())
+    tdq.attach(prepared).eval()
+    tdq.calibrate(prepared, data.batches(8), warm_start=False)
+    everything = data.samples, data.timesteps, data.conditions["label"]
+
+    def error():
+        with torch.no_grad():
+            return float((prepared(*everything) - network(*everything)).square().mean())
+
+    before = error()
+    reconstruct(prepared, data, ReconstructionConfig(granularity, iterations=100, batch_size=16))
+    assert error() < 0.9 * before
+    bare = CalibrationSet(data.samples, data.timesteps)
+    with pytest.raises(AdapterError, match=r"has the inputs \['label'\].*the conditions \[\]"):
+        reconstruct(prepared, bare, ReconstructionConfig(granularity, iterations=1))
 
 
 class TopLevelHeads(torch.nn.Module):

@@ -121,6 +121,16 @@ def test_learned_rounding_beats_the_nearest(
     assert error(learn_rounding=True) < 0.9 * error(learn_rounding=False)
 
 
+def test_a_rounded_model_is_not_rounded_again(model, data, tmp_path):
+    config = ReconstructionConfig(iterations=1, batch_size=8, learn_rounding=True)
+    reconstruct(model, data, config, checkpoint=tmp_path / "scales.safetensors")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ConfigError, match=r"reconstructed already.*nothing left to do"):
+        reconstruct(model, data, config, checkpoint=tmp_path / "scales.safetensors")
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
 @pytest.mark.parametrize("granularity", ["block", "network"])
 def test_codes_move_by_one_at_most_and_nothing_else_changes(model, data, granularity):
     before, state = codes(model), copy.deepcopy(model.state_dict())
