@@ -12,6 +12,7 @@ from tdq_plugin.errors import ScaleError
 
 __all__ = [
     "StepGradient",
+    "clamp_projected",
     "fake_quantize",
     "gradient_scale",
     "per_sample",
@@ -112,6 +113,14 @@ def round_straight_through(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
+def clamp_projected(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Clamp; a value on or outside a limit has a gradient only if that leads back inside.
+
+    Under the gradient of `torch.clamp` a learned value that once left the range would never return.
+    """
+    return _ClampProjected.apply(x, low, high)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def _steps(x: Tensor, scale: Tensor) -> Tensor:
     # A 0-d scale would let a bfloat16 x decide the precision.
     return x.to(torch.promote_types(x.dtype, scale.dtype)) * (1 / scale)
@@ -167,6 +176,21 @@ class _LearnedStep(torch.autograd.Function):
             None,
             None,
         )
+
+
+class _ClampProjected(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        ctx.save_for_backward(x <= low, x >= high)
+        return torch.minimum(torch.maximum(x, low), high)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        below, above = ctx.saved_tensors
+        # A step goes against the gradient.
+        outward = (below & (gradient > 0)) | (above & (gradient < 0))
+        return gradient.masked_fill(outward, 0.0), None, None
 
 
 def _dot(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:

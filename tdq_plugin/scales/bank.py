@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tdq_plugin.errors import CalibrationError, ScaleError
-from tdq_plugin.fake_quantize import round_straight_through
+from tdq_plugin.fake_quantize import clamp_projected, round_straight_through
 from tdq_plugin.float32 import Float32Module
 from tdq_plugin.grid import QuantizationGrid
 from tdq_plugin.options import check_option
@@ -131,7 +131,7 @@ class TrainableBank(ScaleBank):
         scale = self._positive(curves[..., 0]).clamp(min=SCALE_FLOOR)
         offset = curves[..., 1] if self.timestep_zero_point else torch.zeros_like(scale)
         zero_point = (self.zero_point + offset).masked_fill(self.symmetric, 0.0)
-        zero_point = zero_point.clamp(self.limits[:, :1], self.limits[:, 1:])
+        zero_point = clamp_projected(zero_point, self.limits[:, :1], self.limits[:, 1:])
         return scale, round_straight_through(zero_point)
 
     def set_static(self, scale: Tensor, zero_point: Tensor) -> None:
@@ -165,6 +165,13 @@ class TrainableBank(ScaleBank):
             curves.append(zero_points.to(self.device) - self.zero_point.detach())
         self.fit(timesteps.to(self.device), torch.stack(curves, dim=-1))
 
+    def extra_repr(self) -> str:
+        """What a printed model shows of the bank."""
+        return (
+            f"{len(self.names)} quantizers, output={self.output!r}, "
+            f"timestep_zero_point={self.timestep_zero_point}"
+        )
+
     def _positive(self, curve: Tensor) -> Tensor:
         if self.output == "exponential":
             return self.base_scale * curve.exp()
@@ -176,7 +183,11 @@ class TrainableBank(ScaleBank):
         return inverse_softplus(scales) - inverse_softplus(self.base_scale)
 
     def _require_calibration(self) -> None:
-        if self._calibrated or torch.compiler.is_compiling():
+        if self._calibrated:
+            return
+        if torch.compiler.is_compiling():
+            calibrated = ~self.base_scale.isnan().any()
+            torch._assert_async(calibrated, "Some quantizers have no scale yet: calibrate first.")
             return
         missing = [n for n, s in zip(self.names, self.base_scale.isnan(), strict=True) if s]
         if missing:

@@ -131,6 +131,9 @@ class GeneratorBank(TrainableBank):
             schedule.step()
         optimizer.zero_grad()
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.config}"
+
 
 def _frequencies(config: GeneratorConfig) -> Tensor:
     if config.encoding == "geometric":

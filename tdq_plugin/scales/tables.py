@@ -54,6 +54,9 @@ class LearnedTableBank(TrainableBank):
         with torch.no_grad():
             self.table.copy_(curves.index_select(1, nearest))
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.groups} groups of {self.num_timesteps} timesteps"
+
     def _group(self, timesteps: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             low, high = float(timesteps.min()), float(timesteps.max())
@@ -77,6 +80,5 @@ class ConstantBank(TrainableBank):
         return self.curve.expand(-1, timesteps.shape[0], -1)
 
     def fit(self, timesteps: Tensor, curves: Tensor) -> None:
-        """Take the mean over the timesteps."""
-        with torch.no_grad():
-            self.curve.copy_(curves.mean(dim=1, keepdim=True))
+        """Start at the static scale: it comes from the values of all timesteps together."""
+        nn.init.zeros_(self.curve)

@@ -85,10 +85,46 @@ def test_warm_start_of_groups_is_a_staircase() -> None:
     assert (scales / smooth_curve()).log().abs().max() < 0.15
 
 
-def test_warm_start_of_a_constant_is_the_geometric_mean() -> None:
+def test_warm_start_of_a_constant_is_the_static_scale() -> None:
     bank = make("constant")
+    with torch.no_grad():
+        bank.curve.fill_(0.3)
     bank.warm_start(TIMESTEPS, smooth_curve(), ZERO_POINTS[:, None].expand(3, 1000))
-    torch.testing.assert_close(bank(7)[0][:, 0], smooth_curve().log().mean(dim=1).exp())
+    assert torch.equal(bank(7)[0], bank.base_scale)
+
+
+@pytest.mark.parametrize(("outside", "wanted"), [(-2.0, 40.0), (300.0, 200.0)])
+def test_a_zero_point_outside_of_its_codes_comes_back(outside: float, wanted: float) -> None:
+    bank = make("constant")
+    with torch.no_grad():
+        bank.zero_point[0] = outside
+    optimizer = torch.optim.Adam([bank.zero_point], lr=1.0)
+    for _ in range(400):
+        optimizer.zero_grad()
+        (bank(0)[1][0] - wanted).square().sum().backward()
+        optimizer.step()
+    assert abs(bank.zero_point[0].item() - wanted) < 1
+
+
+def test_a_zero_point_at_its_limit_is_not_pushed_further() -> None:
+    bank = make("constant")
+    with torch.no_grad():
+        bank.zero_point[0] = 0.0
+    bank(0)[1][0].sum().backward()
+    assert bank.zero_point.grad is not None
+    assert not bank.zero_point.grad.any()
+
+
+def test_a_printed_bank_tells_what_it_is() -> None:
+    assert "3 quantizers, output='exponential'" in repr(make("generator"))
+    assert "depth=4" in repr(make("generator"))
+    assert "20 groups of 1000 timesteps" in repr(make("groups"))
+
+
+def test_a_compiled_bank_without_scales_raises() -> None:
+    bank = torch.compile(ConstantBank(GRIDS), backend="eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="Some quantizers have no scale yet"):
+        bank(torch.tensor([7.0]))
 
 
 def test_warm_start_of_a_zero_point_that_moves() -> None:
