@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from tdq_plugin.errors import AdapterError
-from tdq_plugin.quantizer import ActivationQuantizer
+from tdq_plugin.quantizer import ActivationQuantizer, QuantizerMode
 from tdq_plugin.weights import WeightQuantizer
 
 __all__ = ["ActivationSwitches", "WeightSwitches"]
@@ -25,17 +25,26 @@ class ActivationSwitches(ActivationQuantizer):
     own_convert: str
     fake_quant_enabled: Tensor
 
+    @property
+    def mode(self) -> QuantizerMode:  # type: ignore[override]
+        """As of `ActivationQuantizer`; whether it is `off` is in the state dict, too."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: QuantizerMode) -> None:
+        self._mode = mode
+        self.fake_quant_enabled.fill_(mode != "off")
+
     def enable_fake_quant(self, enabled: bool = True) -> None:
         """Quantize, or let activations pass."""
-        super().enable_fake_quant(enabled)  # type: ignore[misc]
-        self.mode = "quantize" if enabled else "off"
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        if not self.fake_quant_enabled:
+        if not enabled:
             self.mode = "off"
         elif self.mode == "off":
             self.mode = "quantize"
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.enable_fake_quant(bool(self.fake_quant_enabled))
 
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
         """Refused: a single scale would throw the timestep away.
@@ -54,9 +63,18 @@ class WeightSwitches(WeightQuantizer):
 
     fake_quant_enabled: Tensor
 
+    @property
+    def enabled(self) -> bool:  # type: ignore[override]
+        """Whether the weight is quantized; it is in the state dict, too."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, enabled: bool) -> None:
+        self._enabled = enabled
+        self.fake_quant_enabled.fill_(enabled)
+
     def enable_fake_quant(self, enabled: bool = True) -> None:
         """Quantize, or let the weight pass."""
-        super().enable_fake_quant(enabled)  # type: ignore[misc]
         self.enabled = enabled
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -1,5 +1,6 @@
 """How a scale bank is attached to a graph that torch.ao's FX mode prepared."""
 
+import copy
 from collections import Counter
 from typing import cast
 
@@ -37,6 +38,7 @@ class TorchAOAdapter:
     def quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
         graph_module = _as_graph_module(model)
         make_operands_positional(graph_module.graph)
+        _separate(graph_module)
         _strip(graph_module)
         initialise_weights(graph_module)
         nodes = quantizer_nodes(graph_module.graph)
@@ -51,6 +53,18 @@ class TorchAOAdapter:
             sample = next((name for name in names if name != timestep), None)
             insert_timestep_node(graph_module.graph, timestep, sample)
         connect_scales(graph_module, list(_name(quantizer_nodes(graph_module.graph)).values()))
+
+
+def _separate(graph_module: fx.GraphModule) -> None:
+    """Give each quantized value a quantizer of its own; torch.ao lets some share an observer."""
+    used: Counter[str] = Counter()
+    for node in quantizer_nodes(graph_module.graph):
+        path = str(node.target)
+        used[path] += 1
+        if used[path] > 1:
+            node.target = f"{path}_{used[path] - 1}"
+            twin = copy.deepcopy(_module_at(graph_module, path))
+            graph_module.add_submodule(node.target, twin)
 
 
 def _strip(graph_module: fx.GraphModule) -> None:
@@ -117,7 +131,11 @@ def _name(nodes: list[fx.Node]) -> dict[str, fx.Node]:
 
 
 def _module(graph_module: fx.GraphModule, node: fx.Node) -> TDQFakeQuantize:
-    module = graph_module.get_submodule(str(node.target))
+    return _module_at(graph_module, str(node.target))
+
+
+def _module_at(graph_module: fx.GraphModule, path: str) -> TDQFakeQuantize:
+    module = graph_module.get_submodule(path)
     assert isinstance(module, TDQFakeQuantize)
     return module
 

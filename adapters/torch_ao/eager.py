@@ -128,10 +128,11 @@ def quantize_eager(
     for path, (activation, weight) in zip(chosen, quantizers, strict=True):
         # The layer object stays itself: references to it, hooks and tied parameters stay valid.
         layers[path].__class__ = _QUANTIZED[type(layers[path])]
-        layers[path].activation_fake_quant = activation
-        layers[path].weight_fake_quant = weight
+        training = layers[path].training
+        layers[path].activation_fake_quant = activation.train(training)
+        layers[path].weight_fake_quant = weight.train(training)
     initialise_weights(model)
-    return model.train(model.training)
+    return model
 
 
 def _quantizers(qconfig: QConfig) -> tuple[nn.Module, nn.Module]:

@@ -1,5 +1,6 @@
 """Which layers torch.ao prepares, with how many bits."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from torch.ao.quantization.backend_config import (
 )
 
 from tdq_plugin.adapters.torch_ao.fake_quantize import TDQFakeQuantize, TDQWeightFakeQuantize
-from tdq_plugin.graph.compute import LAYERS, PRODUCTS, is_layer
-from tdq_plugin.graph.timestep_path import Source, sources
+from tdq_plugin.graph.compute import LAYERS, PRODUCTS, is_layer, unsupported
+from tdq_plugin.graph.timestep_path import Source, sees_samples, sources
 from tdq_plugin.layer_names import choose_layers
 
 __all__ = ["tdq_backend_config", "tdq_qconfig", "tdq_qconfig_mapping"]
@@ -54,7 +55,8 @@ def tdq_qconfig_mapping(
     """The mapping for `prepare_qat_fx` or `prepare_fx`: compute layers and matrix products.
 
     Layers that depend on the timestep but not on the sample (the time embedding and its
-    projections) stay float.
+    projections) stay float. So do transposed and 3-d convolutions, `einsum`, functional layers and
+    subclasses of layers, of which a warning tells.
 
     Args:
         graph_module: The traced model.
@@ -78,6 +80,7 @@ def tdq_qconfig_mapping(
     mapping = QConfigMapping().set_global(None)
     for operation in (*LAYERS, *PRODUCTS):
         mapping = mapping.set_object_type(operation, qconfig)
+    _warn_of_float(graph_module.graph)
     layers, conditioning = _layers(graph_module.graph)
     if first_last_bits is not None and layers:
         outer = tdq_qconfig(first_last_bits, first_last_bits, *symmetric)
@@ -103,6 +106,19 @@ def tdq_backend_config() -> BackendConfig:
         product.set_observation_type(ObservationType.OUTPUT_USE_DIFFERENT_OBSERVER_AS_INPUT)
         config.set_backend_pattern_config(product.set_dtype_configs(_PRODUCT_DTYPES))
     return config
+
+
+def _warn_of_float(graph: fx.Graph) -> None:
+    found = sources(graph)
+    names = [
+        name for node in graph.nodes if sees_samples(found[node]) and (name := unsupported(node))
+    ]
+    if names:
+        warnings.warn(
+            f"{len(names)} operations stay float, because only Conv1d, Conv2d, Linear and matrix "
+            f"products are quantized: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}.",
+            stacklevel=3,
+        )
 
 
 def _layers(graph: fx.Graph) -> tuple[list[str], list[str]]:

@@ -17,6 +17,7 @@ __all__ = [
     "make_operands_positional",
     "operand_indices",
     "quantizer_nodes",
+    "unsupported",
 ]
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
@@ -27,6 +28,19 @@ PRODUCTS: dict[Any, tuple[str, ...]] = {
     torch.baddbmm: ("input", "batch1", "batch2"),
     nn.functional.scaled_dot_product_attention: ("query", "key", "value"),
 }
+
+
+_OTHER_LAYERS = (nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear)
+_OTHER_CALLS = (
+    torch.einsum,
+    torch.conv1d,
+    torch.conv2d,
+    torch.conv3d,
+    torch.conv_transpose1d,
+    torch.conv_transpose2d,
+    torch.conv_transpose3d,
+    nn.functional.linear,
+)
 
 
 def is_layer(node: fx.Node) -> bool:
@@ -68,6 +82,24 @@ def make_operands_positional(graph: fx.Graph) -> None:
             if name in node.kwargs:
                 node.args = (*node.args, node.kwargs[name])
                 node.kwargs = {key: value for key, value in node.kwargs.items() if key != name}
+
+
+def unsupported(node: fx.Node) -> str | None:
+    """What a node is that computes with weights or multiplies activations, and stays float.
+
+    Example:
+        >>> graph_module = fx.symbolic_trace(nn.Sequential(nn.ConvTranspose2d(1, 1, 2)))
+        >>> [unsupported(node) for node in graph_module.graph.nodes]
+        [None, '0 (ConvTranspose2d)', None]
+    """
+    if node.op == "call_function":
+        return f"{node.name} ({node.target.__name__})" if node.target in _OTHER_CALLS else None
+    called = _called(node)
+    # A subclass may compute something else, so the frameworks go by the exact type.
+    is_subclass = isinstance(called, LAYERS) and type(called) not in LAYERS
+    if isinstance(called, _OTHER_LAYERS) or is_subclass:
+        return f"{node.target} ({type(called).__name__})"
+    return None
 
 
 def _called(node: fx.Node) -> nn.Module | None:

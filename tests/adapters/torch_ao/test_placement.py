@@ -6,10 +6,17 @@ import operator
 import pytest
 import torch
 from torch import nn
+from torch.ao.quantization import QConfigMapping
+from torch.ao.quantization.quantize_fx import prepare_qat_fx
 from torch.nn import functional
 
 import tdq_plugin as tdq
-from tdq_plugin.adapters.torch_ao import TDQFakeQuantize, tdq_qconfig_mapping
+from tdq_plugin.adapters.torch_ao import (
+    TDQFakeQuantize,
+    TDQWeightFakeQuantize,
+    tdq_qconfig,
+    tdq_qconfig_mapping,
+)
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.graph.compute import is_quantizer, operand_indices
 
@@ -180,6 +187,63 @@ def test_torch_ao_switches(prepare):
     model.apply(enable_fake_quant)
     restored.load_state_dict(model.state_dict())
     assert torch.equal(restored(CHAIN_INPUTS[0], 5), quantized)
+
+
+def test_modes_are_in_the_state_dict(prepare):
+    model = tdq.attach(prepare(Chain(), CHAIN_INPUTS, 2, 2))
+    tdq.calibrate(model, [(CHAIN_INPUTS[0], 5)])
+    (_, first), (_, second) = list(tdq.named_quantizers(model))[:2]
+    weights = [m for m in model.modules() if isinstance(m, TDQWeightFakeQuantize)]
+    first.mode, weights[0].enabled = "off", False
+    second.mode = "dynamic"
+    second.enable_fake_quant()
+    restored = copy.deepcopy(model)
+    for _, quantizer in tdq.named_quantizers(restored):
+        quantizer.mode = "quantize"
+    restored.load_state_dict(model.state_dict())
+    assert [q.mode for _, q in tdq.named_quantizers(restored)][:2] == ["off", "quantize"]
+    model.load_state_dict(model.state_dict())
+    assert [q.mode for _, q in tdq.named_quantizers(model)][:2] == ["off", "dynamic"]
+    assert not weights[0].enabled
+
+
+def test_values_that_share_an_observer_get_quantizers_of_their_own():
+    class Resized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 1, 3)
+
+        def forward(self, sample, timestep):
+            hidden = self.first(sample) * timestep.view(-1, 1, 1, 1)
+            return self.second(functional.interpolate(hidden, scale_factor=2.0))
+
+    inputs = torch.randn(2, 1, 8, 8), torch.tensor([3, 900])
+    graph = tdq.trace(Resized(), inputs).train()
+    prepared = prepare_qat_fx(graph, QConfigMapping().set_global(tdq_qconfig()), inputs)
+    model = tdq.attach(prepared)
+    tdq.calibrate(model, [inputs])
+    quantizers = dict(tdq.named_quantizers(model))
+    assert list(quantizers) == ["first.input", "second.input"]
+    assert len(set(quantizers.values())) == 2
+    assert model(*inputs).shape == (2, 1, 10, 10)
+
+
+def test_what_stays_float_is_told(prepare):
+    class Rare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.up = nn.Conv2d(1, 4, 3), nn.ConvTranspose2d(4, 1, 2)
+
+        def forward(self, sample, timestep):
+            hidden = self.layer(sample) * timestep.view(-1, 1, 1, 1)
+            return torch.einsum("bchw,bcxy->bcw", self.up(hidden), hidden)
+
+    inputs = torch.randn(2, 1, 8, 8), torch.tensor([3, 900])
+    with pytest.warns(
+        UserWarning, match=r"2 operations stay float.*up \(ConvTranspose2d\), einsum"
+    ):
+        model = tdq.attach(prepare(Rare(), inputs))
+    assert tdq.scale_bank(model).names == ("layer.input",)
 
 
 class Named(nn.Module):
