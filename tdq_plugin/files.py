@@ -1,4 +1,7 @@
-"""Atomic writes: a reader sees the old file or folder, or the new one, never a part."""
+"""Atomic writes: a reader sees the old file or folder, or the new one, never a part.
+
+A folder that is replaced is absent for the moment between two renames.
+"""
 
 import os
 import shutil
@@ -36,7 +39,8 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         >>> target.read_text()
         '{}'
     """
-    path = Path(path)
+    # What a link points to is replaced, not the link.
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -67,7 +71,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         ConfigError: There is a file at `path`.
         OSError: Whatever the write itself raised, for example a full disk.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path} is a file; remove it, or choose another folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +95,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 def recover_folder(path: str | Path) -> None:
     """Undo a replacement by `atomic_folder` that was killed between its two renames."""
-    path = Path(path)
+    path = Path(path).resolve()
     previous = _previous(path)
     if previous.exists() and not path.exists():
         previous.rename(path)

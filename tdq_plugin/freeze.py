@@ -68,7 +68,7 @@ def resolve_timesteps(timesteps: Any) -> Tensor:
     values = getattr(timesteps, "timesteps", timesteps)
     if isinstance(values, int) and not isinstance(values, bool):
         values = range(values)
-    if isinstance(values, Tensor):
+    if hasattr(values, "tolist"):  # tensors, and numpy's arrays
         values = values.flatten().tolist()
     if not isinstance(values, Sequence) or isinstance(values, str) or len(values) == 0:
         raise TimestepError(

@@ -10,7 +10,7 @@ from tdq_plugin.errors import CalibrationError
 __all__ = ["Observation", "TimestepObserver"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Observation:
     """What was seen in the bins of timesteps that had any data; N of them.
 
@@ -66,9 +66,16 @@ class TimestepObserver:
             timesteps: Shape `(B,)`, or `(1,)` for all samples.
 
         Raises:
-            CalibrationError: `x` has values that are not finite, or t is outside the process.
+            CalibrationError: `x` has values that are not finite or does not hold the samples along
+            dimension 0, or t is outside the process.
         """
         x, timesteps = x.detach().float().cpu(), timesteps.cpu()
+        if x.shape[0] % timesteps.shape[0]:
+            raise CalibrationError(
+                f"The input of {self.name!r} has the shape {tuple(x.shape)}, whose first dimension "
+                f"does not hold the {timesteps.shape[0]} samples of the batch. Samples must lie "
+                "along dimension 0, batch-major; let a layer that sees something else stay float."
+            )
         if not torch.stack(x.aminmax()).isfinite().all():
             raise CalibrationError(
                 f"The input of {self.name!r} has NaN or infinite values at timestep "

@@ -21,7 +21,7 @@ FORMAT_VERSION = 1
 _TENSORS = ("timesteps", "scales", "zero_points")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ScaleTable:
     """Scales and zero points of L quantizers at T timesteps.
 

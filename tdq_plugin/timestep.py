@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -42,14 +43,15 @@ def as_timesteps(
         return _check_tensor(timestep).reshape(-1).to(device=device, dtype=torch.float32)
     if timestep is None:
         raise TimestepError("The timestep is None. Pass the timestep of this call to the model.")
-    if isinstance(timestep, bool) or not isinstance(timestep, int | float):
+    # The last one is for numpy's numbers.
+    if isinstance(timestep, bool) or not isinstance(timestep, (int, float, Real)):
         raise TimestepError(
             f"A timestep is a number or a tensor, not {timestep!r} "
             f"of type {type(timestep).__name__}."
         )
     if not math.isfinite(timestep):
         raise TimestepError(f"The timestep {timestep!r} is not finite.")
-    return torch.tensor([timestep], dtype=torch.float32, device=device)
+    return torch.tensor([float(timestep)], dtype=torch.float32, device=device)
 
 
 def _check_tensor(timestep: Tensor) -> Tensor:

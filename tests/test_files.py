@@ -170,3 +170,16 @@ def test_a_kill_leaves_the_old_or_the_new_folder(tmp_path: Path) -> None:
         assert contents in ({"a" * 1_000_000}, {"b" * 1_000_000})
     # At least one kill must have come in the middle of a write, else this test proves nothing.
     assert interrupted
+
+
+def test_what_a_link_points_to_is_replaced(tmp_path: Path) -> None:
+    folder, link = tmp_path / "folder", tmp_path / "link"
+    folder.mkdir()
+    link.symlink_to(folder)
+    for text in ("first", "second"):
+        with atomic_folder(link) as temporary:
+            (temporary / "file").write_text(text)
+        with atomic_file(link / "other") as path:
+            path.write_text(text)
+    assert link.is_symlink()
+    assert (folder / "file").read_text() == (folder / "other").read_text() == "second"

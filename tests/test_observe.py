@@ -124,3 +124,11 @@ def test_only_observers_of_the_same_quantizer_merge() -> None:
         observer().merge(observer(bins=5))
     with pytest.raises(CalibrationError, match=r"of 1000 timesteps .* one of 100 timesteps"):
         observer().merge(observer(num_timesteps=1000))
+
+
+def test_rows_that_are_no_samples_are_refused() -> None:
+    seen = observer()
+    with pytest.raises(
+        CalibrationError, match=r"'conv.input' has the shape \(1, 6, 4\).*5 samples"
+    ):
+        seen.update(torch.ones(1, 6, 4), torch.arange(5.0))
