@@ -75,6 +75,13 @@ METHODS = {
         warm_start=True,
         trained=True,
     ),
+    "tdq_zero_point": Method(
+        "TDQ, zero point of t",
+        "TDQ whose generators give each layer a zero point for each timestep, too.",
+        partial(GeneratorBank, timestep_zero_point=True),
+        warm_start=True,
+        trained=True,
+    ),
     "dynamic": Method(
         "dynamic",
         "A scale from each image's own minimum and maximum, computed at run time.",
