@@ -59,8 +59,7 @@ def strip(model: nn.Module, timestep_argument: str | None = None) -> "StrippedMo
             f"lookup={bank.lookup!r} and {bank.zero_points.shape[0]} zero points for each "
             "quantizer. Freeze with all timesteps that are needed, and lookup='exact' or 'nearest'."
         )
-    for _, quantizer in named_quantizers(model):
-        quantizer.require_quantizing("stripped model")
+    _check_quantizers(model)
     timestep = find_timestep_argument(model.forward, timestep_argument)
     return StrippedModel(copy.deepcopy(model), timestep)
 
@@ -141,6 +140,17 @@ class StrippedModel(nn.Module):
                 "Call it once for each timestep, or use the model that was not stripped."
             )
         return timesteps[:1]
+
+
+def _check_quantizers(model: nn.Module) -> None:
+    for _, quantizer in named_quantizers(model):
+        quantizer.require_quantizing("stripped model")
+    for name, hook in get_hook_storage(model).named_hooks():
+        if isinstance(hook, BaseQuantizer) and not hook.is_enabled_quantization():
+            raise AdapterError(
+                f"The weight quantizer {name!r} is switched off, so the stripped model would "
+                "differ from the model. Switch it on (enable_quantization)."
+            )
 
 
 def _moves(bank: FrozenBank) -> Tensor:

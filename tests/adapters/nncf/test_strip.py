@@ -158,3 +158,14 @@ def test_a_quantizer_that_does_not_look_its_scale_up(frozen, mode):
         strip(model)
     quantizer.mode = "quantize"
     strip(model)
+
+
+def test_a_weight_quantizer_that_is_switched_off(frozen):
+    model = frozen()
+    hooks = dict(get_hook_storage(model).named_hooks())
+    name = next(name for name, hook in hooks.items() if isinstance(hook, BaseQuantizer))
+    hooks[name].disable_quantization()
+    with pytest.raises(AdapterError, match=rf"weight quantizer {name!r} is switched off.*enable_"):
+        strip(model)
+    hooks[name].enable_quantization()
+    strip(model)
