@@ -67,6 +67,8 @@ def strip(model: nn.Module, timestep_argument: str | None = None) -> "StrippedMo
 class StrippedModel(nn.Module):
     """A quantized denoiser of torch's operators; made by `strip`.
 
+    It runs one call at a time: NNCF's hooks, which it keeps, do not work in several threads.
+
     Args:
         model: The frozen model, which is changed.
         timestep_argument: Name of its argument that holds the timestep.
