@@ -9,7 +9,7 @@ from nncf.torch.function_hook import get_hook_storage
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
 from nncf.torch.function_hook.wrapper import is_wrapped
 from nncf.torch.quantization.layers import BaseQuantizer
-from torch import nn
+from torch import Tensor, nn
 
 from tdq_plugin.adapters.nncf.placement import Site, find_sites, layers
 from tdq_plugin.adapters.nncf.quantizer import TDQQuantizer
@@ -73,7 +73,7 @@ def prepare(
     exchanged: list[tuple[Site, nn.Module]] = []
     for site in used:
         if site.weight is not None:
-            weight = model.get_parameter(site.weight)
+            weight = _weight(model, site.weight)
             bits = bits_of(site, weight_bits)
             exchanged.append((site, weight_quantizer(site.quantizer, weight, bits)))
     named = _name([site for site in used if site.weight is None])
@@ -120,6 +120,13 @@ def _check(site: Site, timestep: str, sample: str) -> None:
             "TDQ has one for each timestep. Call nncf.quantize with per_channel=False in "
             "activations_quantization_params, as in tdq_quantize_settings()."
         )
+
+
+def _weight(model: nn.Module, path: str) -> Tensor:
+    """A parameter, or a buffer: the kernel of a blur."""
+    owner, _, name = path.rpartition(".")
+    weight: Tensor = getattr(model.get_submodule(owner), name)
+    return weight
 
 
 def _without(sites: list[Site], float_layers: list[str]) -> list[Site]:

@@ -232,6 +232,34 @@ def test_an_input_that_other_layers_share_stays_quantized(quantized):
     assert any(name.startswith("to_token.input") for name in names)
 
 
+class Blurred(nn.Module):
+    """A convolution whose kernel is a buffer, which is not trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 1, 1)
+        self.register_buffer("blur", torch.rand(4, 1, 3, 3) / 9)
+
+    def forward(self, sample, timestep):
+        hidden = self.first(sample).tanh() * (1 + timestep.reshape(-1, 1, 1, 1).cos())
+        return self.last(nn.functional.conv2d(hidden, self.blur, padding=1, groups=4))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_kernel_that_is_a_buffer(bits):
+    settings = {"ignored_scope": nncf.IgnoredScope(types=["cos", "add", "mul"], validate=False)}
+    quantized = quantize(Blurred().eval(), BATCHES, **settings)
+    left = prepare(copy.deepcopy(quantized), example_inputs(), float_layers=["blur"])
+    assert bits_of(tdq.attach(left)) == {"first.input": 8, "last.input": 8}
+    model = tdq.attach(prepare(quantized, example_inputs(), bits, bits))
+    assert bits_of(model) == {"first.input": 8, "blur.input": bits, "last.input": 8}
+    assert weight_bits(model) == [8, bits, 8]
+    tdq.calibrate(model, BATCHES)
+    stripped = strip(tdq.freeze(model, STEPS))
+    with torch.no_grad():
+        torch.testing.assert_close(stripped(*BATCHES[2]), model(*BATCHES[2]))
+
+
 class Depthwise(nn.Module):
     """A convolution that NNCF may give a scale for each channel of its input."""
 
