@@ -39,12 +39,14 @@ class Operand:
 
     Attributes:
         operation: The number of the operation in the graph, ascending in order of execution.
+        name: The operation's name in the graph, `path/of/its/module/function/number`.
         port: Position among the operation's arguments.
         layer: Path of the layer's module, or the name of a weight that the model itself holds;
             None for a product of two activations.
     """
 
     operation: int
+    name: str
     port: int
     layer: str | None
 
@@ -141,7 +143,7 @@ def _operands(graph: NNCFGraph, node: NNCFNode) -> Iterator[Operand]:
     for edge in graph.get_output_edges(node):
         user, port = edge.to_node, edge.input_port_id
         if port in _OPERANDS.get(user.metatype, ()):
-            yield Operand(user.node_id, port, _layer(graph, user))
+            yield Operand(user.node_id, user.node_name, port, _layer(graph, user))
         elif user.metatype in _MOVES:
             yield from _operands(graph, user)
 
