@@ -169,3 +169,12 @@ def test_a_weight_quantizer_that_is_switched_off(frozen):
         strip(model)
     hooks[name].enable_quantization()
     strip(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_that_is_not_float32(frozen, dtype):
+    message = rf"'conv_in.weight' is {dtype}, and .* stripped model take float32.*model\.float\(\)"
+    model = frozen().to(dtype)
+    with pytest.raises(AdapterError, match=message):
+        strip(model)
+    strip(model.float())(SAMPLE, 250)
