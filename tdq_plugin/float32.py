@@ -1,10 +1,13 @@
-"""Modules that stay float32 in a model of lower precision."""
+"""What is float32: modules that stay so in a model of lower precision, and whole models."""
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["Float32Module"]
+from tdq_plugin.errors import AdapterError
+
+__all__ = ["Float32Module", "require_float32"]
 
 
 class Float32Module(nn.Module):
@@ -23,3 +26,21 @@ class Float32Module(nn.Module):
 
         super()._apply(keep_float32, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def require_float32(model: nn.Module, product: str) -> None:
+    """Check the precision of a model whose quantizers become plain operators.
+
+    Args:
+        model: The model.
+        product: What it becomes a part of, for the message.
+
+    Raises:
+        AdapterError: One of its parameters is of another precision.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise AdapterError(
+                f"{name!r} is {parameter.dtype}, and the quantizers of the {product} take float32. "
+                "Call model.float() first."
+            )

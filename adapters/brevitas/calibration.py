@@ -1,5 +1,6 @@
 """Brevitas' `calibration_mode` on an attached model."""
 
+import sys
 from contextlib import ExitStack
 
 from torch import nn
@@ -20,6 +21,9 @@ class CalibrationMode(nn.Module):
 
     Args:
         model: The attached model.
+
+    Attributes:
+        num_timesteps: Length of the diffusion process, as for `tdq_plugin.calibrate`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -28,6 +32,8 @@ class CalibrationMode(nn.Module):
         self._owner = [model]
         self._stack = ExitStack()
         self._observers: dict[str, TimestepObserver] | None = None
+        self._handled: BaseException | None = None
+        self.num_timesteps = 1000
 
     @property
     def collect_stats_steps(self) -> int:
@@ -38,10 +44,14 @@ class CalibrationMode(nn.Module):
     def collect_stats_steps(self, steps: int) -> None:
         # A frozen bank is refused at the end: after an error here, Brevitas would not switch the
         # quantizers on again.
-        self._observers = self._stack.enter_context(calibration(self._owner[0]))
+        observation = calibration(self._owner[0], num_timesteps=self.num_timesteps)
+        self._observers = self._stack.enter_context(observation)
+        self._handled = sys.exc_info()[1]
 
     def init_scale(self) -> None:
         """End the observation and set the scales, as `tdq_plugin.calibrate` does.
+
+        An error within the block leaves the scales as they were.
 
         Raises:
             AdapterError: The bank is frozen.
@@ -51,5 +61,9 @@ class CalibrationMode(nn.Module):
             return
         observers, self._observers = self._observers, None
         self._stack.close()
+        # Brevitas does not say how the block ended; an error here would replace the user's.
+        handled, self._handled = self._handled, None
+        if sys.exc_info()[1] is not handled:
+            return
         observations = {name: observer.result() for name, observer in observers.items()}
         initialise_scales(scale_bank(self._owner[0]), observations)

@@ -1,6 +1,9 @@
-"""What cannot have a scale for each sample and is refused when a model is attached."""
+"""What cannot have a scale for each sample, or fails in Brevitas, and is refused by `attach`."""
+
+from typing import Any
 
 from brevitas.nn.mixin.base import QuantRecurrentLayerMixin
+from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
 from torch import nn
 
 from tdq_plugin.adapters.brevitas.proxy import TDQActQuantProxy
@@ -10,13 +13,19 @@ __all__ = ["check_layers"]
 
 
 def check_layers(model: nn.Module) -> None:
-    """Look at every layer that has a TDQ quantizer of its own.
+    """Look at every layer that has a TDQ quantizer of its own, and at the weights of all.
 
     Raises:
-        AdapterError: One returns a `QuantTensor`, its bias takes the scale of the input, or it is
-            a part of a recurrent layer.
+        AdapterError: One returns a `QuantTensor`, its bias takes the scale of the input, it is a
+            part of a recurrent layer, or Brevitas cannot quantize its weight.
     """
     for path, layer in model.named_modules():
+        if isinstance(layer, QuantWeightBiasInputOutputLayer) and _has_channels_in_groups(layer):
+            raise AdapterError(
+                f"{path!r} is a transposed convolution with groups={layer.groups} and a weight "
+                "scale for each channel, which Brevitas cannot compute. Give it weight_quant="
+                f"Int8WeightPerTensorFloat, or leave it float: float_layers=[{path!r}]."
+            )
         if isinstance(layer, QuantRecurrentLayerMixin) and _has_tdq(layer):
             raise AdapterError(
                 f"{path!r} is a {type(layer).__name__}, whose quantizers do not see samples along "
@@ -40,6 +49,14 @@ def check_layers(model: nn.Module) -> None:
 
 def _has_tdq(layer: nn.Module) -> bool:
     return any(isinstance(module, TDQActQuantProxy) for module in layer.modules())
+
+
+def _has_channels_in_groups(layer: Any) -> bool:
+    """Brevitas has a scale for each output channel, and the weight has those of one group."""
+    if not getattr(layer, "transposed", False) or layer.groups == 1:
+        return False
+    weights = layer.weight_quant
+    return bool(weights.is_quant_enabled and weights.quant_injector.scaling_shape != ())
 
 
 def _takes_scale_of_input(layer: nn.Module) -> bool:

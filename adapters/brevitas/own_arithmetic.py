@@ -1,5 +1,6 @@
 """Brevitas' own arithmetic, as an option: its division, its gradients, no LSQ gradient scale."""
 
+import torch
 from torch import Tensor, nn
 
 from tdq_plugin.fake_quantize import StepGradient, per_sample
@@ -29,5 +30,7 @@ class BrevitasActivationQuantizer(ActivationQuantizer):
 
     def round(self, x: Tensor, scale: Tensor, zero_point: Tensor, gradient: StepGradient) -> Tensor:
         step, zero = per_sample(scale, x), per_sample(zero_point, x)
-        quantized: Tensor = self.int_quant(step, zero, self.bit_width_impl(), x)
-        return quantized
+        # Scales stay float32 in a model of lower precision; one scale computes as one per sample.
+        wide = x.to(torch.promote_types(x.dtype, step.dtype))
+        quantized: Tensor = self.int_quant(step, zero, self.bit_width_impl(), wide)
+        return quantized.to(x.dtype)

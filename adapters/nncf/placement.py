@@ -39,11 +39,14 @@ class Operand:
 
     Attributes:
         operation: The number of the operation in the graph, ascending in order of execution.
+        name: The operation's name in the graph, `path/of/its/module/function/number`.
         port: Position among the operation's arguments.
-        layer: Path of the layer's module; None for a product of two activations.
+        layer: Path of the layer's module, or the name of a weight that the model itself holds;
+            None for a product of two activations.
     """
 
     operation: int
+    name: str
     port: int
     layer: str | None
 
@@ -55,7 +58,8 @@ class Site:
     Attributes:
         quantizer: The module.
         hooks: The names of its places in the model's hook storage.
-        weight: Path of the parameter that it quantizes; None if it quantizes an activation.
+        weight: Path of the parameter or buffer that it quantizes; None if it quantizes an
+            activation.
         operands: What it quantizes, in order of execution.
         inputs: Names of the model's arguments that the quantized value depends on.
     """
@@ -139,7 +143,7 @@ def _operands(graph: NNCFGraph, node: NNCFNode) -> Iterator[Operand]:
     for edge in graph.get_output_edges(node):
         user, port = edge.to_node, edge.input_port_id
         if port in _OPERANDS.get(user.metatype, ()):
-            yield Operand(user.node_id, port, _layer(graph, user))
+            yield Operand(user.node_id, user.node_name, port, _layer(graph, user))
         elif user.metatype in _MOVES:
             yield from _operands(graph, user)
 
@@ -149,12 +153,13 @@ def _layer(graph: NNCFGraph, node: NNCFNode) -> str | None:
     for edge in graph.get_input_edges(node):
         weight = _constant(graph, edge.from_node) if edge.input_port_id in (0, 1) else None
         if weight is not None:
-            return weight.rpartition(".")[0]
+            # What the model itself holds has no module of its own.
+            return weight.rpartition(".")[0] or weight
     return None
 
 
 def _constant(graph: NNCFGraph, node: NNCFNode) -> str | None:
-    """Name of the parameter that a node holds, quantized or moved or not."""
+    """Name of the parameter or buffer that a node holds, quantized or moved or not."""
     if node.metatype is om.PTConstNoopMetatype:
         name: str = node.layer_attributes.name
         return name

@@ -13,7 +13,8 @@ __all__ = ["FakeQuantizeWeight", "Ratios", "RescaledFakeQuantize"]
 class Ratios:
     """The ratios g of the call of a stripped model that runs, and their reciprocals; `(L,)` each.
 
-    A plain holder: the quantizers are called by NNCF's hooks, which give them a tensor only.
+    A plain holder: the quantizers are called by NNCF's hooks, which give them a tensor only, and
+    which cannot run in two threads at once.
     """
 
     def __init__(self) -> None:

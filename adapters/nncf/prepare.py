@@ -1,5 +1,6 @@
 """`prepare`: give the quantizers that `nncf.quantize` placed to TDQ."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +10,7 @@ from nncf.torch.function_hook import get_hook_storage
 from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
 from nncf.torch.function_hook.wrapper import is_wrapped
 from nncf.torch.quantization.layers import BaseQuantizer
-from torch import nn
+from torch import Tensor, nn
 
 from tdq_plugin.adapters.nncf.placement import Site, find_sites, layers
 from tdq_plugin.adapters.nncf.quantizer import TDQQuantizer
@@ -55,8 +56,8 @@ def prepare(
         The model.
 
     Raises:
-        AdapterError: NNCF did not quantize the model, it quantized the timestep's path, or it
-            made a quantizer that TDQ cannot use. The model is as it was.
+        AdapterError: NNCF did not quantize the model, it quantized the timestep's path, it made a
+            quantizer that TDQ cannot use, or the model is prepared already. It is as it was.
         ConfigError: Bits are not 2 to 8, or an entry of `float_layers` matches no layer.
         TimestepError: The model has no timestep argument, or the example gives no tensor for it.
     """
@@ -73,7 +74,7 @@ def prepare(
     exchanged: list[tuple[Site, nn.Module]] = []
     for site in used:
         if site.weight is not None:
-            weight = model.get_parameter(site.weight)
+            weight = _weight(model, site.weight)
             bits = bits_of(site, weight_bits)
             exchanged.append((site, weight_quantizer(site.quantizer, weight, bits)))
     named = _name([site for site in used if site.weight is None])
@@ -86,11 +87,7 @@ def prepare(
 
 def _sites(model: nn.Module, example_inputs: Any, timestep_argument: str | None) -> list[Site]:
     """The quantizers of the model, all of which TDQ can use."""
-    if not is_wrapped(model) or not any(isinstance(m, BaseQuantizer) for m in model.modules()):
-        raise AdapterError(
-            f"This {type(model).__name__} has no quantizers of NNCF. Give what "
-            "nncf.quantize(model, dataset, **tdq_quantize_settings()) returned."
-        )
+    _check_model(model)
     timestep = find_timestep_argument(model.forward, timestep_argument)
     graph = build_nncf_graph(model, example_inputs)
     inputs = [node.node_name for node in graph.get_input_nodes()]
@@ -100,26 +97,52 @@ def _sites(model: nn.Module, example_inputs: Any, timestep_argument: str | None)
             f"{timestep!r}. Give it as a tensor."
         )
     sites = find_sites(model, graph)
-    sample = next(name for name in inputs if name != timestep)
+    _check_timestep_path(sites, timestep, next(name for name in inputs if name != timestep))
     for site in sites:
-        _check(site, timestep, sample)
+        if site.weight is None and site.quantizer.per_channel:
+            raise AdapterError(
+                f"NNCF's quantizer {site.hooks[0]!r} has a scale for each channel of an "
+                "activation; TDQ has one for each timestep. Call nncf.quantize with "
+                "per_channel=False in activations_quantization_params, as in "
+                "tdq_quantize_settings()."
+            )
     return sites
 
 
-def _check(site: Site, timestep: str, sample: str) -> None:
-    if timestep in site.inputs and sample not in site.inputs:
+def _check_model(model: nn.Module) -> None:
+    if any(isinstance(module, TDQQuantizer) for module in model.modules()):
         raise AdapterError(
-            f"NNCF quantized the timestep's own path: {site.hooks[0]!r} depends on {timestep!r} "
-            f"and not on {sample!r}, so near timesteps become one. Call "
-            "nncf.quantize(model, dataset, **tdq_quantize_settings()); timestep_patterns names the "
-            "operations of the timestep's path."
+            f"This {type(model).__name__} is prepared already, and NNCF's own quantizers are gone. "
+            "For other bits or layers, call nncf.quantize on the float model again, then prepare."
         )
-    if site.weight is None and site.quantizer.per_channel:
+    if not is_wrapped(model) or not any(isinstance(m, BaseQuantizer) for m in model.modules()):
         raise AdapterError(
-            f"NNCF's quantizer {site.hooks[0]!r} has a scale for each channel of an activation; "
-            "TDQ has one for each timestep. Call nncf.quantize with per_channel=False in "
-            "activations_quantization_params, as in tdq_quantize_settings()."
+            f"This {type(model).__name__} has no quantizers of NNCF. Give what "
+            "nncf.quantize(model, dataset, **tdq_quantize_settings()) returned."
         )
+
+
+def _check_timestep_path(sites: list[Site], timestep: str, sample: str) -> None:
+    wrong = [site for site in sites if timestep in site.inputs and sample not in site.inputs]
+    if not wrong:
+        return
+    names = dict.fromkeys(operand.name for site in wrong for operand in site.operands)
+    # One pattern for all blocks of a model.
+    missing = dict.fromkeys(re.sub(r"\d+", r"\\d+", re.escape(name)) for name in names)
+    patterns = ", ".join(f'r"{pattern}"' for pattern in missing)
+    settings = f"timestep_patterns=[*TIMESTEP_PATTERNS, {patterns}]" if missing else ""
+    raise AdapterError(
+        f"NNCF quantized the timestep's own path: {next(iter(names), wrong[0].hooks[0])!r} depends "
+        f"on {timestep!r} and not on {sample!r}, so near timesteps become one. Quantize the float "
+        f"model by nncf.quantize(model, dataset, **tdq_quantize_settings({settings}))."
+    )
+
+
+def _weight(model: nn.Module, path: str) -> Tensor:
+    """A parameter, or a buffer: the kernel of a blur."""
+    owner, _, name = path.rpartition(".")
+    weight: Tensor = getattr(model.get_submodule(owner), name)
+    return weight
 
 
 def _without(sites: list[Site], float_layers: list[str]) -> list[Site]:

@@ -6,10 +6,16 @@ from typing import Any
 import nncf
 from nncf.quantization.advanced_parameters import QuantizationParameters
 
+from tdq_plugin.layer_names import TIMESTEP_LAYERS
+
 __all__ = ["TIMESTEP_PATTERNS", "tdq_quantize_settings"]
 
-TIMESTEP_PATTERNS = (".*time_proj.*", ".*time_embedding.*", ".*time_emb_proj.*")
-"""Operations of diffusers' models that see the timestep, and not the sample."""
+TIMESTEP_PATTERNS = tuple(
+    # NNCF calls an operation `path/of/its/module/function/number`.
+    layer.replace(".", "/").replace("*", ".*") + r"/[^/]+/\d+"
+    for layer in ("*time_proj*", *TIMESTEP_LAYERS)
+)
+"""Operations of diffusers' models that see the timestep or a class, and not the sample."""
 
 
 def tdq_quantize_settings(
@@ -31,7 +37,7 @@ def tdq_quantize_settings(
         attention: Quantize the inputs of `scaled_dot_product_attention`, too. OpenVINO computes
             it in float on the CPU.
         timestep_patterns: Regular expressions for the names of the operations on the timestep's
-            path. `prepare` tells if an operation was missed.
+            path. `prepare` names the operations that were missed and patterns for them.
         ignored_patterns: Regular expressions for further operations that stay float.
 
     Returns:

@@ -15,6 +15,7 @@ from tdq_plugin.adapters.nncf.plain import FakeQuantizeWeight, Ratios, RescaledF
 from tdq_plugin.adapters.nncf.quantizer import TDQQuantizer, is_traced
 from tdq_plugin.attach import named_quantizers, scale_bank
 from tdq_plugin.errors import AdapterError, TimestepError
+from tdq_plugin.float32 import require_float32
 from tdq_plugin.hooks import disconnect_rows
 from tdq_plugin.scales.frozen import FrozenBank
 from tdq_plugin.timestep import as_timesteps, find_timestep_argument
@@ -39,8 +40,8 @@ def strip(model: nn.Module, timestep_argument: str | None = None) -> "StrippedMo
         with one timestep for each call and any batch size.
 
     Raises:
-        AdapterError: The model is not frozen or not NNCF's, a quantizer is switched off or
-            dynamic, its table interpolates, or its zero points move with t.
+        AdapterError: The model is not frozen, not NNCF's or not float32, a quantizer is switched
+            off or dynamic, its table interpolates, or its zero points move with t.
     """
     bank = scale_bank(model)
     if not is_wrapped(model):
@@ -59,14 +60,16 @@ def strip(model: nn.Module, timestep_argument: str | None = None) -> "StrippedMo
             f"lookup={bank.lookup!r} and {bank.zero_points.shape[0]} zero points for each "
             "quantizer. Freeze with all timesteps that are needed, and lookup='exact' or 'nearest'."
         )
-    for _, quantizer in named_quantizers(model):
-        quantizer.require_quantizing("stripped model")
+    require_float32(model, "stripped model")
+    _check_quantizers(model)
     timestep = find_timestep_argument(model.forward, timestep_argument)
     return StrippedModel(copy.deepcopy(model), timestep)
 
 
 class StrippedModel(nn.Module):
     """A quantized denoiser of torch's operators; made by `strip`.
+
+    It runs one call at a time: NNCF's hooks, which it keeps, do not work in several threads.
 
     Args:
         model: The frozen model, which is changed.
@@ -141,6 +144,17 @@ class StrippedModel(nn.Module):
                 "Call it once for each timestep, or use the model that was not stripped."
             )
         return timesteps[:1]
+
+
+def _check_quantizers(model: nn.Module) -> None:
+    for _, quantizer in named_quantizers(model):
+        quantizer.require_quantizing("stripped model")
+    for name, hook in get_hook_storage(model).named_hooks():
+        if isinstance(hook, BaseQuantizer) and not hook.is_enabled_quantization():
+            raise AdapterError(
+                f"The weight quantizer {name!r} is switched off, so the stripped model would "
+                "differ from the model. Switch it on (enable_quantization)."
+            )
 
 
 def _moves(bank: FrozenBank) -> Tensor:

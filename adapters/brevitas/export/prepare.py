@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tdq_plugin.adapters.brevitas.export.lookup import LookupBank, exported_table
 from tdq_plugin.errors import AdapterError
+from tdq_plugin.float32 import require_float32
 from tdq_plugin.reconstruct.collect import first_tensor
 
 __all__ = ["ExampleInputs", "ExportedModel", "check_quantizers"]
@@ -100,9 +101,4 @@ def _bind(signature: inspect.Signature, inputs: ExampleInputs) -> inspect.BoundA
 def _check_state(model: nn.Module) -> None:
     if model.training:
         raise AdapterError("The model is in training mode. Call model.eval() before the export.")
-    for name, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32:
-            raise AdapterError(
-                f"{name!r} is {parameter.dtype}, and exported quantizers take float32. "
-                "Call model.float() before the export."
-            )
+    require_float32(model, "exported model")

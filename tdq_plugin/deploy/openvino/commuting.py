@@ -2,7 +2,13 @@
 
 import openvino as ov
 
-from tdq_plugin.deploy.openvino.nodes import is_constant, is_single, sizes, static_size
+from tdq_plugin.deploy.openvino.nodes import (
+    CONVOLUTIONS,
+    is_constant,
+    is_single,
+    sizes,
+    static_size,
+)
 
 __all__ = ["is_layer_input", "passes_through"]
 
@@ -12,7 +18,7 @@ _LINEAR_MODES = {"nearest", "linear", "linear_onnx"}
 def is_layer_input(reader: ov.Input, ratio: ov.Output) -> bool:
     """Whether a node multiplies what it reads here with a constant, sample by sample."""
     node, port = reader.get_node(), reader.get_index()
-    if node.get_type_name() in ("Convolution", "GroupConvolution"):
+    if node.get_type_name() in CONVOLUTIONS:
         return bool(port == 0)
     if node.get_type_name() != "MatMul" or not is_constant(node.input_value(1 - port)):
         return False

@@ -59,7 +59,8 @@ def to_openvino(
             lookup rule is not `exact`.
         ScaleError: Zero points move with t.
         TimestepError: The model has no timestep argument.
-        TraceError: The example does not fit the model, or gives something else than tensors.
+        TraceError: The example does not fit the model, gives something else than tensors, or the
+            model returns more than one tensor.
 
     Warns:
         UserWarning: A layer that runs on int8 kernels with static scales does not here.

@@ -6,6 +6,7 @@ from math import prod
 import openvino as ov
 
 __all__ = [
+    "CONVOLUTIONS",
     "consumers",
     "fake_quantizers",
     "is_constant",
@@ -14,6 +15,15 @@ __all__ = [
     "sizes",
     "static_size",
 ]
+
+CONVOLUTIONS = (
+    "Convolution",
+    "GroupConvolution",
+    # The transposed ones.
+    "ConvolutionBackpropData",
+    "GroupConvolutionBackpropData",
+)
+"""Types of the layers whose input 0 is the activation and input 1 the kernel."""
 
 
 def consumers(output: ov.Output) -> list[ov.Input]:

@@ -5,15 +5,15 @@ from typing import Any
 
 import openvino as ov
 
-from tdq_plugin.deploy.openvino.nodes import layer_name
+from tdq_plugin.deploy.openvino.nodes import CONVOLUTIONS, layer_name
 
 __all__ = ["DEFAULT_PROPERTIES", "integer_layers"]
 
 DEFAULT_PROPERTIES = {"INFERENCE_PRECISION_HINT": "f32"}
 """Without the hint, CPUs with bfloat16 compute in it, and scales are wrong by up to 0.4 %."""
 
-_LAYERS = ("Convolution", "GroupConvolution", "MatMul")
-_KERNELS = ("Convolution", "FullyConnected", "MatMul")
+_LAYERS = (*CONVOLUTIONS, "MatMul")
+_KERNELS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
 
 
 def integer_layers(model: ov.Model, properties: Mapping[str, Any]) -> set[str]:

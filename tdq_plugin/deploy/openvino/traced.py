@@ -23,7 +23,7 @@ def traced_model(module: nn.Module, inputs: Mapping[str, Tensor]) -> ov.Model:
         A model whose inputs have these names and a dynamic dimension 0.
 
     Raises:
-        TraceError: The module gives something else than tensors.
+        TraceError: The module gives something else than one tensor.
     """
     with torch.no_grad(), warnings.catch_warnings():
         # OpenVINO reads TorchScript: torch.export does not know torch's fake quantization.
@@ -40,6 +40,11 @@ def traced_model(module: nn.Module, inputs: Mapping[str, Tensor]) -> ov.Model:
                 "and outputs must be tensors."
             ) from error
         model = ov.convert_model(traced)
+    if len(model.outputs) != 1:
+        raise TraceError(
+            f"This {type(module).__name__} returns {len(model.outputs)} tensors, and a converted "
+            "model has one output. Quantize a model whose forward returns the prediction alone."
+        )
     for parameter in model.get_parameters():
         (name,) = parameter.output(0).get_names() & set(inputs)
         parameter.set_friendly_name(name)

@@ -94,6 +94,39 @@ def test_no_data(model):
     assert all(quantizer.mode == "quantize" for _, quantizer in tdq.named_quantizers(model))
 
 
+@pytest.mark.parametrize("calls", [0, 1])
+def test_an_error_in_the_block_comes_through(model, calls):
+    calibrate(model)
+    before = copy.deepcopy(tdq.scale_bank(model).state_dict())
+
+    def batches():
+        yield from [(SAMPLE * 9, 250)] * calls
+        raise ValueError("the user's")
+
+    with pytest.raises(ValueError, match="the user's"):
+        calibrate(model, batches())
+    after = tdq.scale_bank(model).state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(quantizer.mode == "quantize" for _, quantizer in tdq.named_quantizers(model))
+
+
+def test_an_error_that_is_handled_outside_of_the_block_does_not_matter(model):
+    try:
+        raise ValueError
+    except ValueError:
+        calibrate(model)
+    assert model(SAMPLE, 250).isfinite().all()
+
+
+def test_processes_of_another_length(model):
+    batches = [(sample, timesteps * 3) for sample, timesteps in BATCHES]
+    with pytest.raises(CalibrationError, match=r"\[1800.*not within 0 \.\. 1000\. Set num_"):
+        calibrate(model, batches)
+    model.tdq_calibration.num_timesteps = 3000
+    calibrate(model, batches)
+    assert model(SAMPLE, 2997).isfinite().all()
+
+
 def test_a_frozen_model(model):
     calibrate(model)
     tdq.freeze(model, STEPS)

@@ -144,3 +144,17 @@ def test_names_of_a_layer_map_reach_all_its_quantizers(symmetric):
     for proxy in proxies:
         assert proxy.tdq_tensor_quant.quantizer.estimator == "pact"
         assert proxy.tdq_tensor_quant.quantizer.grid.symmetric == symmetric
+
+
+@pytest.mark.parametrize("estimator", ["lsq", "brevitas"])
+def test_mixed_timesteps_in_bfloat16(around, estimator):
+    quantizer = TDQShiftedUint8ActPerTensorFloat.let(tdq_estimator=estimator)
+    model = tdq.attach(around(qnn.QuantConv2d(2, 3, 3, input_quant=quantizer))).eval()
+    sample, timesteps = torch.randn(3, 2, 8, 8), torch.tensor([0, 250, 999])
+    tdq.calibrate(model, [(sample * (1 + timesteps.reshape(-1, 1, 1, 1) / 500), timesteps)])
+    model, sample = model.bfloat16(), sample.bfloat16()
+    with torch.no_grad():
+        mixed = model(sample, timesteps)
+        one_by_one = [model(sample[i : i + 1], timesteps[i]) for i in range(3)]
+    assert mixed.dtype == torch.bfloat16
+    assert torch.equal(mixed, torch.cat(one_by_one))

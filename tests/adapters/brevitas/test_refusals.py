@@ -7,6 +7,7 @@ from brevitas.export.manager import BaseManager, _set_proxy_export_handler, _set
 from brevitas.quant import (
     Int8BiasPerTensorFloatInternalScaling,
     Int8WeightPerChannelFloat,
+    Int8WeightPerTensorFloat,
     Int32Bias,
 )
 from contract.networks import BATCHES, STEPS
@@ -49,6 +50,20 @@ def test_recurrent_layers(around):
     layer = qnn.QuantLSTM(4, 4, io_quant=ACTIVATION, bias_quant=None)
     with pytest.raises(AdapterError, match=r"'layer.*QuantLSTM.*Leave its quantizers to Brevitas"):
         tdq.attach(around(layer))
+
+
+@pytest.mark.parametrize("layer", [qnn.QuantConvTranspose1d, qnn.QuantConvTranspose2d])
+@pytest.mark.parametrize("activation", [ACTIVATION, None])
+def test_transposed_convolutions_in_groups(around, layer, activation):
+    def model(weight_quant):
+        up = layer(4, 4, 2, groups=2, input_quant=activation, weight_quant=weight_quant)
+        return around(torch.nn.Sequential(qnn.QuantIdentity(act_quant=ACTIVATION), up))
+
+    message = r"'layer\.1' is a transposed convolution with groups=2.*float_layers=\['layer\.1'\]"
+    with pytest.raises(AdapterError, match=message):
+        tdq.attach(model(Int8WeightPerChannelFloat))
+    tdq.attach(model(Int8WeightPerTensorFloat))
+    tdq.attach(model(None))
 
 
 @pytest.mark.parametrize("bias", [None, Int8BiasPerTensorFloatInternalScaling])

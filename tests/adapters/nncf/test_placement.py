@@ -1,11 +1,13 @@
 """Which of NNCF's quantizers remain after prepare, with which bits and names."""
 
 import copy
+import re
 
 import nncf
 import pytest
 import torch
 from contract.networks import BATCHES, STEPS, TinyDenoiser, example_inputs
+from diffusers import DiTTransformer2DModel
 from diffusers_models import tiny_unet
 from nncf.common.quantization.structs import QuantizationScheme
 from nncf.quantization.advanced_parameters import QuantizationParameters
@@ -15,7 +17,13 @@ from torch import nn
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
 import tdq_plugin as tdq
-from tdq_plugin.adapters.nncf import TDQQuantizer, prepare, strip, tdq_quantize_settings
+from tdq_plugin.adapters.nncf import (
+    TIMESTEP_PATTERNS,
+    TDQQuantizer,
+    prepare,
+    strip,
+    tdq_quantize_settings,
+)
 from tdq_plugin.adapters.torch_ao import tdq_backend_config, tdq_qconfig_mapping
 from tdq_plugin.errors import AdapterError, ConfigError, TimestepError
 
@@ -147,7 +155,8 @@ def test_timestep_that_nncf_quantized():
     message = r"timestep's own path \(the operation 'time_embedding/linear/0'\).*_settings\(\)\)"
     with pytest.raises(AdapterError, match=message):
         tdq.attach(model)
-    with pytest.raises(AdapterError, match=r"timestep's own path: 'post_hooks\..*settings\(\)\)"):
+    message = r"own path: 'time_embedding/linear/0' depends on 'timestep' and not on 'sample'"
+    with pytest.raises(AdapterError, match=message):
         prepare(model, example_inputs())
     after = model.state_dict()
     assert state.keys() == after.keys()
@@ -173,11 +182,69 @@ def test_attach_names_the_timestep_or_what_is_missing(quantized):
         tdq.attach(quantized())
 
 
-def test_timestep_patterns():
-    settings = tdq_quantize_settings(timestep_patterns=())
-    model = quantize(TinyDenoiser().eval(), BATCHES, **settings)
-    with pytest.raises(AdapterError, match=r"depends on 'timestep' and not on 'sample'"):
+class OtherNames(nn.Module):
+    """Blocks whose layers on the timestep's path no list knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Plain() for _ in range(2))
+        self.last = nn.Conv2d(64, 1, 1)
+
+    def forward(self, sample, timestep):
+        return self.last(sum(block(sample, timestep.float()) for block in self.blocks))
+
+
+def test_the_patterns_that_are_missing_are_named():
+    model = quantize(OtherNames().eval(), BATCHES)
+    with pytest.raises(AdapterError, match="'first/linear/0' depends on 'times") as caught:
         prepare(model, example_inputs())
+    missing = re.findall(r'r"(.*?)"', str(caught.value))
+    # One for both blocks: NNCF's names do not know the items of a ModuleList.
+    assert missing == [r"first/linear/\d+"]
+    settings = tdq_quantize_settings(timestep_patterns=[*TIMESTEP_PATTERNS, *missing])
+    model = prepare(quantize(OtherNames().eval(), BATCHES, **settings), example_inputs())
+    assert {name.rpartition(".")[0] for name in bits_of(tdq.attach(model))} == {
+        "blocks.0.layer",
+        "last",
+    }
+
+
+def test_a_transformer_of_diffusers():
+    """Its timestep goes through modules of other names than a UNet's."""
+    model = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=2,
+        num_layers=1,
+        sample_size=4,
+        num_embeds_ada_norm=10,
+    ).eval()
+    example = {
+        "hidden_states": torch.randn(2, 2, 4, 4),
+        "timestep": torch.tensor([5, 900]),
+        "class_labels": torch.tensor([1, 2]),
+    }
+    model = tdq.attach(prepare(quantize(model, [example]), example))
+    assert list(bits_of(model)) == [
+        "pos_embed.proj.input",
+        "transformer_blocks.0.attn1.to_q.input",
+        "transformer_blocks.0.attn1.to_out.0.input",
+        "transformer_blocks.0.ff.net.0.proj.input",
+        "transformer_blocks.0.ff.net.2.input",
+        "proj_out_2.input",
+    ]
+
+
+def test_a_model_that_is_prepared_already(quantized):
+    model = prepare(quantized(), example_inputs())
+    message = "TinyDenoiser is prepared already.*nncf.quantize on the float model again"
+    with pytest.raises(AdapterError, match=message):
+        prepare(model, example_inputs(), activation_bits=4)
+    with pytest.raises(AdapterError, match=message):
+        prepare(tdq.attach(model), example_inputs(), activation_bits=4)
+
+
+def test_timestep_patterns():
     settings = tdq_quantize_settings(ignored_patterns=["conv_down.*"])
     model = quantize(TinyDenoiser().eval(), BATCHES, **settings)
     assert "conv_down.input" not in bits_of(tdq.attach(prepare(model, example_inputs())))
@@ -230,6 +297,34 @@ def test_an_input_that_other_layers_share_stays_quantized(quantized):
     names = bits_of(tdq.attach(model))
     assert "to_query.input" not in names
     assert any(name.startswith("to_token.input") for name in names)
+
+
+class Blurred(nn.Module):
+    """A convolution whose kernel is a buffer, which is not trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 1, 1)
+        self.register_buffer("blur", torch.rand(4, 1, 3, 3) / 9)
+
+    def forward(self, sample, timestep):
+        hidden = self.first(sample).tanh() * (1 + timestep.reshape(-1, 1, 1, 1).cos())
+        return self.last(nn.functional.conv2d(hidden, self.blur, padding=1, groups=4))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_kernel_that_is_a_buffer(bits):
+    settings = {"ignored_scope": nncf.IgnoredScope(types=["cos", "add", "mul"], validate=False)}
+    quantized = quantize(Blurred().eval(), BATCHES, **settings)
+    left = prepare(copy.deepcopy(quantized), example_inputs(), float_layers=["blur"])
+    assert bits_of(tdq.attach(left)) == {"first.input": 8, "last.input": 8}
+    model = tdq.attach(prepare(quantized, example_inputs(), bits, bits))
+    assert bits_of(model) == {"first.input": 8, "blur.input": bits, "last.input": 8}
+    assert weight_bits(model) == [8, bits, 8]
+    tdq.calibrate(model, BATCHES)
+    stripped = strip(tdq.freeze(model, STEPS))
+    with torch.no_grad():
+        torch.testing.assert_close(stripped(*BATCHES[2]), model(*BATCHES[2]))
 
 
 class Depthwise(nn.Module):

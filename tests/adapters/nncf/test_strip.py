@@ -158,3 +158,23 @@ def test_a_quantizer_that_does_not_look_its_scale_up(frozen, mode):
         strip(model)
     quantizer.mode = "quantize"
     strip(model)
+
+
+def test_a_weight_quantizer_that_is_switched_off(frozen):
+    model = frozen()
+    hooks = dict(get_hook_storage(model).named_hooks())
+    name = next(name for name, hook in hooks.items() if isinstance(hook, BaseQuantizer))
+    hooks[name].disable_quantization()
+    with pytest.raises(AdapterError, match=rf"weight quantizer {name!r} is switched off.*enable_"):
+        strip(model)
+    hooks[name].enable_quantization()
+    strip(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_that_is_not_float32(frozen, dtype):
+    message = rf"'conv_in.weight' is {dtype}, and .* stripped model take float32.*model\.float\(\)"
+    model = frozen().to(dtype)
+    with pytest.raises(AdapterError, match=message):
+        strip(model)
+    strip(model.float())(SAMPLE, 250)

@@ -226,15 +226,14 @@ def test_what_cannot_be_converted_says_why(tiny):
 
 
 class Sigma(nn.Module):
-    """The timestep by another name, and an output by name if wanted."""
+    """The timestep by another name, and another form of the output if wanted."""
 
-    def __init__(self, named=False):
+    def __init__(self, form=lambda output: output):
         super().__init__()
-        self.conv, self.named = nn.Conv2d(1, 1, 3, padding=1), named
+        self.conv, self.form = nn.Conv2d(1, 1, 3, padding=1), form
 
     def forward(self, sample, sigma):
-        output = self.conv(sample * (1 + sigma.reshape(-1, 1, 1, 1) / 1000))
-        return {"sample": output} if self.named else output
+        return self.form(self.conv(sample * (1 + sigma.reshape(-1, 1, 1, 1) / 1000)))
 
 
 def sigma(**options):
@@ -256,7 +255,14 @@ def test_a_timestep_of_another_name():
 
 def test_outputs_that_are_no_tensors():
     with pytest.raises(TraceError, match=r"cannot be traced.*inputs and outputs must be tensors"):
-        to_openvino(sigma(named=True), example_inputs())
+        to_openvino(sigma(form=lambda output: {"sample": output}), example_inputs())
+
+
+def test_models_that_return_a_tuple():
+    converted = to_openvino(sigma(form=lambda output: (output,)), example_inputs())
+    assert converted(SAMPLE, 250).shape == SAMPLE.shape
+    with pytest.raises(TraceError, match=r"returns 2 tensors.*returns the prediction alone"):
+        to_openvino(sigma(form=lambda output: (output, output.exp())), example_inputs())
 
 
 def test_zero_points_that_move_with_t_are_refused():

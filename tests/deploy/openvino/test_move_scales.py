@@ -3,9 +3,12 @@
 import numpy as np
 import openvino as ov
 import pytest
+from cpu import needs_vnni
 from openvino import opset13 as ops
 
 from tdq_plugin.deploy.openvino.move_scales import move_scales
+from tdq_plugin.deploy.openvino.nodes import CONVOLUTIONS
+from tdq_plugin.deploy.openvino.precision import DEFAULT_PROPERTIES, integer_layers
 from tdq_plugin.deploy.openvino.ratios import find_rescaled_values, static_reference
 
 RANDOM = np.random.default_rng(0)
@@ -30,18 +33,28 @@ def convolution(x, name="conv", channels=4):
     return ops.add(conv, constant(1, 3, 1, 1))
 
 
+def transposed(x, groups=1):
+    strides, padding = [2, 2], [1, 1]
+    if groups == 1:
+        return ops.convolution_backprop_data(
+            x, constant(4, 3, 3, 3), strides, None, padding, padding, [1, 1]
+        )
+    kernel = constant(groups, 4 // groups, 3, 3, 3)
+    return ops.group_convolution_backprop_data(x, kernel, strides, None, padding, padding, [1, 1])
+
+
 def product(x, width=6, **options):
     node = ops.matmul(x, constant(5, width), False, True, **options)
     node.set_friendly_name("matmul")
     return node
 
 
-def build(following, ratio_shape=(-1, 1, 1, 1), shape=SHAPE, name="quantizer"):
+def build(following, ratio_shape=(-1, 1, 1, 1), shape=SHAPE, ends=(-1.0, 1.55)):
     """`following` of `ratio * FakeQuantize(x / ratio)`, as a model of x and the ratio."""
     x, ratio = (ops.parameter(s, np.float32) for s in (shape, ratio_shape))
-    ends = [scalar(end) for end in (-1.0, 1.55)] * 2
-    quantized = ops.fake_quantize(ops.divide(x, ratio), *ends, 256)
-    quantized.set_friendly_name(name)
+    limits = [scalar(end) for end in ends] * 2
+    quantized = ops.fake_quantize(ops.divide(x, ratio), *limits, 256)
+    quantized.set_friendly_name("quantizer")
     outputs = following(ops.multiply(quantized, ratio))
     return ov.Model(outputs if isinstance(outputs, list) else [outputs], [x, ratio])
 
@@ -92,6 +105,8 @@ THROUGH = {
     "linear": lambda x: convolution(interpolated(x, "linear_onnx")),
     "tokens": lambda x: product(ops.transpose(reshaped(x, -1, 4, 36), integers(0, 2, 1)), width=4),
     "matmul": product,
+    "transposed": transposed,
+    "grouped, transposed": lambda x: transposed(x, groups=2),
     "constant first": lambda x: ops.matmul(constant(5, 6), x, False, False),
     "two readers": lambda x: [convolution(x, "a"), convolution(interpolated(x, "nearest"), "b")],
     "two layers": lambda x: convolution(convolution(x, "a"), "b", channels=3),
@@ -106,10 +121,29 @@ def test_the_ratio_moves_behind_layers(name, ratio_shape):
     moved = model.clone()
     assert move_scales(moved) == {"quantizer": []}
     assert not list(find_rescaled_values(moved))
-    assert multiplications_before(moved, "Convolution") == 0
-    assert multiplications_before(moved, "MatMul") == 0
+    for kind in (*CONVOLUTIONS, "MatMul"):
+        assert multiplications_before(moved, kind) == 0
     assert operands_have_one_rank(moved)
     check_same_values(model, moved, ratio_shape)
+
+
+@needs_vnni
+def test_a_transposed_convolution_keeps_its_integer_kernel():
+    shape = (1, 32, 8, 8)
+
+    def up(x):
+        codes = ops.constant(RANDOM.integers(-127, 128, (32, 32, 2, 2)).astype(np.int8))
+        weight = ops.multiply(ops.convert(codes, ov.Type.f32), scalar(0.01))
+        node = ops.convolution_backprop_data(x, weight, [2, 2], None, [0, 0], [0, 0], [1, 1])
+        node.set_friendly_name("up")
+        return ops.add(node, constant(1, 32, 1, 1))
+
+    model = build(up, (1, 1, 1, 1), shape, ends=(-1.28, 1.27))
+    moved = model.clone()
+    assert move_scales(moved) == {"quantizer": []}
+    assert integer_layers(static_reference(model), DEFAULT_PROPERTIES) == {"up"}
+    assert integer_layers(moved, DEFAULT_PROPERTIES) == {"up"}
+    assert integer_layers(model, DEFAULT_PROPERTIES) == set()
 
 
 STAYS = {
