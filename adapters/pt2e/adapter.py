@@ -46,8 +46,8 @@ class PT2EAdapter:
         prepare_timestep_input(graph_module, timestep_argument)
         _remember_module_paths(graph_module.graph)
         connect_scales(graph_module, list(_named_nodes(graph_module).values()))
-        graph_module.train = MethodType(_train, graph_module)  # type: ignore[method-assign]
-        graph_module.eval = MethodType(_eval, graph_module)  # type: ignore[method-assign]
+        _switch_modes(graph_module)
+        graph_module._register_deepcopy_hook(_switch_modes)
 
 
 def _remember_module_paths(graph: fx.Graph) -> None:
@@ -58,6 +58,12 @@ def _remember_module_paths(graph: fx.Graph) -> None:
             node.meta["module_path"] = layer_path(node)
         elif node.op == "call_function" and parameters:
             node.meta["module_path"] = str(parameters[0].target).rpartition(".")[0]
+
+
+def _switch_modes(graph_module: fx.GraphModule) -> None:
+    """Let `train` and `eval` work on the graph; a copy loses such methods and gets its own."""
+    graph_module.train = MethodType(_train, graph_module)  # type: ignore[method-assign]
+    graph_module.eval = MethodType(_eval, graph_module)  # type: ignore[method-assign]
 
 
 def _train(self: fx.GraphModule, mode: bool = True) -> fx.GraphModule:

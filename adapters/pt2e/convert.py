@@ -19,7 +19,7 @@ __all__ = ["convert"]
 def convert(
     prepared: fx.GraphModule, *, mixed_timesteps: bool = False, fold_scales: bool = False
 ) -> fx.GraphModule:
-    """`convert_pt2e` for a frozen model; it stays as it is.
+    """`convert_pt2e` for a frozen model, in evaluation mode; it stays as it is.
 
     Every activation quantizer becomes a pair of `quantized_decomposed` operators whose scale is
     looked up in the table by the timestep. Weights are stored as int8 codes.
@@ -41,7 +41,7 @@ def convert(
             zero point that depends on t shall be folded.
     """
     require_frozen(prepared)
-    model = copy.deepcopy(prepared)
+    model = copy.deepcopy(prepared).eval()
     for path, module in model.named_modules():
         if isinstance(module, TDQWeightFakeQuantize) and not module.enabled:
             raise AdapterError(

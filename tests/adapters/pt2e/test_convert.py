@@ -101,6 +101,26 @@ def test_the_model_itself_stays(frozen):
     assert torch.equal(model(SAMPLE, 250), before)
 
 
+@pytest.mark.parametrize("fold", [False, True])
+def test_a_model_in_training_mode_is_converted_without_dropout(fold):
+    class Dropping(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, sample, timestep):
+            return self.last(torch.nn.functional.dropout(self.first(sample), 0.5, self.training))
+
+    example = torch.ones(2, 4), torch.tensor([1, 2])
+    model = tdq.attach(prepare_qat_pt2e(export(Dropping(), example), TDQQuantizer())).train()
+    x = torch.randn(8, 4)
+    tdq.calibrate(model, [(x, step) for step in STEPS], samples=64)
+    converted = convert(tdq.freeze(model, STEPS), fold_scales=fold)
+    with torch.no_grad():
+        assert torch.equal(converted(x, 600), converted(x, 600))
+        assert not torch.equal(model(x, 600), model(x, 600)), "the model stays in training mode"
+
+
 def test_torchao_calls_the_hook(frozen):
     model = frozen(4, 8)
     converted = convert_pt2e(copy.deepcopy(model))
