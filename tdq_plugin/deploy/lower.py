@@ -78,8 +78,9 @@ def lower_to_int8(
         The lowered graph, in evaluation mode.
 
     Raises:
-        AdapterError: The model is not frozen, not on the CPU, has a quantizer that is switched off
-            or one that is dynamic for `activations="table"`, or a layer without int8 form.
+        AdapterError: The model is not frozen, not on the CPU, exported by `torch.export`, has a
+            quantizer that is switched off or one that is dynamic for `activations="table"`, or a
+            layer without int8 form.
         ConfigError: There is no such kind of `activations`.
         LookupRuleError: The cache was asked for with a lookup rule other than `exact`.
         TraceError: The timestep path cannot be tabulated.
@@ -93,6 +94,7 @@ def lower_to_int8(
         )
     lowered = copy.deepcopy(model).eval()
     operands = quantized_operands(lowered)
+    _check_operands(operands)
     weight_bits = _lower_layers(lowered)
     lowered.meta[_DESCRIPTION] = Int8Description(operands, weight_bits, cache_timestep_path)
     quantizers = _lower_quantizers(lowered, dynamic=activations == "dynamic")
@@ -134,6 +136,16 @@ def _frozen_bank(model: fx.GraphModule) -> FrozenBank:
             "Call model.cpu(), and use a torch build with onednn."
         )
     return bank
+
+
+def _check_operands(operands: dict[str, list[Operand]]) -> None:
+    if operands and not any(operands.values()):
+        raise AdapterError(
+            f"The graph has {len(operands)} quantizers (first: {next(iter(operands))!r}), and none "
+            "belongs to a layer or product that is known here; graphs from torch.export hold "
+            "other operators. Convert those by tdq_plugin.adapters.pt2e.convert(model, "
+            "fold_scales=True) for their backend, or prepare the model by torch.ao."
+        )
 
 
 def _lower_layers(graph_module: fx.GraphModule) -> dict[str, int]:

@@ -10,6 +10,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt
 
 import tdq_plugin as tdq
 from tdq_plugin.adapters.pt2e import TDQQuantizer, TDQWeightFakeQuantize, convert, export
+from tdq_plugin.deploy.openvino import to_openvino
 from tdq_plugin.errors import AdapterError, ScaleError
 
 SAMPLE = BATCHES[2][0][:4]
@@ -171,3 +172,17 @@ def test_switched_off_quantizers(frozen, fold):
     weight.disable_fake_quant()
     with pytest.raises(AdapterError, match=r"weight quantizer .* is switched off"):
         convert(model, fold_scales=fold)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_integer_execution_is_not_of_exported_graphs(frozen, cache):
+    """Without the check it gave a model that has no integer layer."""
+    with pytest.raises(
+        AdapterError, match=r"\d+ quantizers.*pt2e\.convert\(model, fold_scales=True"
+    ):
+        tdq.lower_to_int8(frozen(), cache_timestep_path=cache)
+
+
+def test_openvino_is_not_for_exported_graphs(frozen):
+    with pytest.raises(AdapterError, match=r"pt2e\.convert\(model, fold_scales=True"):
+        to_openvino(frozen(), example_inputs())
