@@ -27,7 +27,7 @@ from tdq_plugin.deploy.weights import (
 )
 from tdq_plugin.errors import AdapterError, LookupRuleError
 from tdq_plugin.graph.compute import is_layer
-from tdq_plugin.graph.timestep_node import find_timestep_node
+from tdq_plugin.graph.timestep_node import find_timestep_node, timestep_input
 from tdq_plugin.graph.timestep_path import Source, sources
 from tdq_plugin.options import check_option
 from tdq_plugin.quantizer import ActivationQuantizer
@@ -48,11 +48,14 @@ class Int8Description:
         operands: What each quantizer quantizes, in row order.
         weight_bits: Bits of each int8 layer's weight by the layer's path.
         cache_timestep_path: Whether the timestep path is tabulated.
+        timestep_argument: Name of the input that holds the timestep; None if it is one of the
+            usual names.
     """
 
     operands: dict[str, list[Operand]]
     weight_bits: dict[str, int]
     cache_timestep_path: bool
+    timestep_argument: str | None = None
 
 
 def lower_to_int8(
@@ -96,7 +99,9 @@ def lower_to_int8(
     operands = quantized_operands(lowered)
     _check_operands(operands)
     weight_bits = _lower_layers(lowered)
-    lowered.meta[_DESCRIPTION] = Int8Description(operands, weight_bits, cache_timestep_path)
+    lowered.meta[_DESCRIPTION] = Int8Description(
+        operands, weight_bits, cache_timestep_path, timestep_input(lowered.graph)
+    )
     quantizers = _lower_quantizers(lowered, dynamic=activations == "dynamic")
     _insert_lookup(lowered, quantizers, cache_timestep_path)
     lowered.graph.eliminate_dead_code()
