@@ -95,10 +95,11 @@ class TDQQuantizer(Quantizer):
         others = [layer_path(node) for node in model.graph.nodes if is_layer(node)]
         known = [*layers, *(name for name in others if name not in layers)]
         left_float = set(choose_layers(known, self.float_layers))
+        outer = {*layers[:1], *layers[-1:]}
         for node in nodes:
             path = layer_path(node) if is_layer(node) else None
             if path not in left_float:
-                specs = self.outer if path in (layers[0], layers[-1]) else self.inner
+                specs = self.outer if path in outer else self.inner
                 _annotate(node, *specs)
         return model
 

@@ -122,6 +122,35 @@ def test_a_layer_that_is_called_twice():
     assert tdq.scale_bank(attached(exported)).names == ("layer.input", "layer.input.1")
 
 
+class Blurred(nn.Module):
+    """A convolution with a fixed kernel between two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("kernel", torch.full((4, 1, 3, 3), 1 / 9))
+        self.first, self.last = nn.Conv2d(1, 4, 1), nn.Conv2d(4, 1, 1)
+
+    def forward(self, sample, timestep):
+        blurred = nn.functional.conv2d(self.first(sample), self.kernel, padding=1, groups=4)
+        return self.last(blurred) * timestep[:, None, None, None]
+
+
+def test_a_kernel_that_is_no_parameter_stays_float():
+    exported = export(Blurred(), (torch.ones(2, 1, 6, 6), torch.tensor([1.0, 2.0])))
+    model = attached(exported)
+    assert tdq.scale_bank(model).names == ("first.input", "last.input")
+    assert quantized_weights(model) == {"first.weight", "last.weight"}
+
+
+def test_products_without_any_layer():
+    class Products(nn.Module):
+        def forward(self, sample, timestep):
+            return torch.matmul(sample, sample.transpose(1, 2)) * timestep[:, None, None]
+
+    exported = export(Products(), (torch.ones(2, 3, 4), torch.tensor([1.0, 2.0])))
+    assert set(grids(attached(exported))) == {"product.0.0", "product.0.1"}
+
+
 def test_layers_that_torchao_lets_share_a_quantizer():
     class Shared(TDQQuantizer):
         def annotate(self, model):
