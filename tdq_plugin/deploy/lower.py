@@ -8,7 +8,6 @@ from typing import Literal, get_args
 import torch
 from torch import fx, nn
 
-from tdq_plugin.attach import scale_bank
 from tdq_plugin.deploy.activations import (
     DynamicCodes,
     DynamicValues,
@@ -26,6 +25,7 @@ from tdq_plugin.deploy.weights import (
     weight_quantizer,
 )
 from tdq_plugin.errors import AdapterError, LookupRuleError
+from tdq_plugin.freeze import frozen_bank
 from tdq_plugin.graph.compute import is_layer
 from tdq_plugin.graph.timestep_node import find_timestep_node, timestep_input
 from tdq_plugin.graph.timestep_path import Source, sources
@@ -89,7 +89,7 @@ def lower_to_int8(
         TraceError: The timestep path cannot be tabulated.
     """
     check_option("activations", activations, get_args(Activations))
-    bank = _frozen_bank(model)
+    bank = _cpu_bank(model)
     if cache_timestep_path and bank.lookup != "exact":
         raise LookupRuleError(
             f"The timestep path cannot be cached with lookup={bank.lookup!r}: between the "
@@ -125,15 +125,10 @@ def describe(model: nn.Module) -> Int8Description:
     return description
 
 
-def _frozen_bank(model: fx.GraphModule) -> FrozenBank:
+def _cpu_bank(model: fx.GraphModule) -> FrozenBank:
     if not isinstance(model, fx.GraphModule):
         raise AdapterError(f"Only graphs can be lowered to int8, not {type(model).__name__}.")
-    bank = scale_bank(model)
-    if not isinstance(bank, FrozenBank):
-        raise AdapterError(
-            f"The model's scale bank is a {type(bank).__name__}. "
-            "Call tdq_plugin.freeze(model, timesteps) before lower_to_int8."
-        )
+    bank = frozen_bank(model, "an int8 model")
     if bank.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         raise AdapterError(
             f"The integer kernels are onednn's, on the CPU; the model is on {bank.device} and "

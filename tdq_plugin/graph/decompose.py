@@ -5,10 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tdq_plugin.attach import scale_bank
-from tdq_plugin.errors import AdapterError, ScaleError
+from tdq_plugin.errors import ScaleError
+from tdq_plugin.freeze import frozen_bank
 from tdq_plugin.quantizer import ActivationQuantizer
-from tdq_plugin.scales.frozen import FrozenBank
 
 __all__ = ["decompose", "require_frozen"]
 
@@ -91,9 +90,4 @@ def require_frozen(model: nn.Module) -> None:
     Raises:
         AdapterError: It is not attached, or not frozen.
     """
-    bank = scale_bank(model)
-    if not isinstance(bank, FrozenBank):
-        raise AdapterError(
-            f"The model's bank is a {type(bank).__name__}; a converted graph holds a table. "
-            "Call tdq_plugin.freeze(model, timesteps) first."
-        )
+    frozen_bank(model, "a converted graph")
