@@ -93,6 +93,13 @@ def test_a_zero_point_that_moves_cannot_be_folded():
         convert(model, fold_scales=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("fold", [False, True])
+def test_another_precision_is_refused(frozen, dtype, fold):
+    with pytest.raises(AdapterError, match=rf"is {dtype}, .*model\.float\(\) before"):
+        convert(frozen().to(dtype), fold_scales=fold)
+
+
 def test_the_model_itself_stays(frozen):
     model = frozen()
     code, before = model.code, model(SAMPLE, 250)
