@@ -45,10 +45,10 @@ def tdq_weight_spec(bits: int = 8, symmetric: bool = True) -> QuantizationSpec:
 
 
 class TDQQuantizer(Quantizer):
-    """Quantizes the inputs of convolutions, linear layers and matrix products.
+    """Quantizes the inputs of 1d and 2d convolutions, linear layers and matrix products.
 
-    Layers that depend on the timestep but not on the sample (the time embedding and its
-    projections) stay float.
+    Other layers, those whose weight is no parameter, and those that depend on the timestep but not
+    on the sample (the time embedding and its projections) stay float.
 
     Args:
         activation_bits: 2 to 8.
