@@ -12,7 +12,7 @@ from tdq_plugin.scales.bank import ScaleBank, TrainableBank
 from tdq_plugin.scales.frozen import FrozenBank, Lookup
 from tdq_plugin.table import ScaleTable, check_names, timesteps_tensor
 
-__all__ = ["evaluate_table", "freeze", "load_scales", "resolve_timesteps"]
+__all__ = ["evaluate_table", "freeze", "frozen_bank", "load_scales", "resolve_timesteps"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -42,6 +42,25 @@ def freeze(model: Model, timesteps: Any, lookup: Lookup = "exact") -> Model:
         )
     model.scale_bank = FrozenBank(evaluate_table(bank, timesteps), lookup)
     return model
+
+
+def frozen_bank(model: nn.Module, product: str) -> FrozenBank:
+    """The table of a frozen model.
+
+    Args:
+        model: The model.
+        product: What is made from the table, for the message.
+
+    Raises:
+        AdapterError: The model is not attached, or not frozen.
+    """
+    bank = scale_bank(model)
+    if not isinstance(bank, FrozenBank):
+        raise AdapterError(
+            f"The model's scale bank is a {type(bank).__name__}, and {product} holds a table. "
+            "Call tdq_plugin.freeze(model, timesteps) first."
+        )
+    return bank
 
 
 def evaluate_table(bank: ScaleBank, timesteps: Any) -> ScaleTable:

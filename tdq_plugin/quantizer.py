@@ -2,14 +2,14 @@
 
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from tdq_plugin.errors import AdapterError
 from tdq_plugin.fake_quantize import StepGradient, fake_quantize
 from tdq_plugin.grid import QuantizationGrid
 from tdq_plugin.pseudo_quantize import pseudo_quantize
-from tdq_plugin.scales.bank import SCALE_FLOOR, BankFactory
+from tdq_plugin.ranges import affine_range
+from tdq_plugin.scales.bank import BankFactory
 
 __all__ = ["ActivationQuantizer", "Estimator", "QuantizerMode", "dynamic_range"]
 
@@ -101,10 +101,4 @@ def dynamic_range(x: Tensor, grid: QuantizationGrid) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each sample from its own limits, float32, shape `(B,)` each."""
     flat = x.detach().float().reshape(x.shape[0], -1)
     low, high = flat.amin(dim=1).clamp(max=0), flat.amax(dim=1).clamp(min=0)
-    if grid.symmetric:
-        scale = high / grid.quant_max
-        if grid.signed:
-            scale = torch.maximum(scale, low / grid.quant_min)
-        return scale.clamp(min=SCALE_FLOOR), torch.zeros_like(scale)
-    scale = ((high - low) / (grid.quant_max - grid.quant_min)).clamp(min=SCALE_FLOOR)
-    return scale, (grid.quant_min - (low / scale).round()).clamp(grid.quant_min, grid.quant_max)
+    return affine_range(low, high, grid)

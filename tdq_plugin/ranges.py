@@ -9,7 +9,7 @@ from tdq_plugin.grid import QuantizationGrid
 from tdq_plugin.options import check_option
 from tdq_plugin.scales.bank import SCALE_FLOOR
 
-__all__ = ["RangeMethod", "search_range", "search_scale"]
+__all__ = ["RangeMethod", "affine_range", "search_range", "search_scale"]
 
 RangeMethod = Literal["minmax", "percentile", "mse"]
 _FACTORS = torch.linspace(0.15, 1.05, 46)
@@ -43,17 +43,40 @@ def search_range(
     """
     low, high = _outer_range(values, method, percentile, limits)
     if method != "mse":
-        return _affine(low, high, grid)
-    best_scale, best_zero = _affine(low, high, grid)
+        return affine_range(low, high, grid)
+    best_scale, best_zero = affine_range(low, high, grid)
     best_error = rounding_error(values, best_scale, best_zero, grid)
     for factor in _FACTORS.tolist():
-        scale, zero_point = _affine(low * factor, high * factor, grid)
+        scale, zero_point = affine_range(low * factor, high * factor, grid)
         error = rounding_error(values, scale, zero_point, grid)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero_point, best_zero)
     return best_scale, best_zero
+
+
+def affine_range(low: Tensor, high: Tensor, grid: QuantizationGrid) -> tuple[Tensor, Tensor]:
+    """The scale and the zero point whose codes cover `low .. high`.
+
+    Args:
+        low: Minima, 0 or less.
+        high: Maxima, 0 or more; of the same shape.
+        grid: The integer codes.
+
+    Returns:
+        A scale and an integer valued zero point for each pair of limits.
+
+    Example:
+        >>> affine_range(torch.tensor(-1.0), torch.tensor(2.0), QuantizationGrid(0, 3))
+        (tensor(1.), tensor(1.))
+    """
+    if grid.symmetric:
+        zero_point = torch.zeros_like(low)
+        return _covering_scale(low, high, zero_point, grid), zero_point
+    scale = ((high - low) / (grid.quant_max - grid.quant_min)).clamp(min=SCALE_FLOOR)
+    zero_point = (grid.quant_min - (low / scale).round()).clamp(grid.quant_min, grid.quant_max)
+    return scale, zero_point
 
 
 def search_scale(
@@ -101,15 +124,6 @@ def _outer_range(
         low, high = values.amin(dim=1), values.amax(dim=1)
     # Zero must be a code: convolutions pad with it.
     return low.clamp(max=0.0), high.clamp(min=0.0)
-
-
-def _affine(low: Tensor, high: Tensor, grid: QuantizationGrid) -> tuple[Tensor, Tensor]:
-    if grid.symmetric:
-        zero_point = torch.zeros_like(low)
-        return _covering_scale(low, high, zero_point, grid), zero_point
-    scale = ((high - low) / (grid.quant_max - grid.quant_min)).clamp(min=SCALE_FLOOR)
-    zero_point = (grid.quant_min - (low / scale).round()).clamp(grid.quant_min, grid.quant_max)
-    return scale, zero_point
 
 
 def _covering_scale(

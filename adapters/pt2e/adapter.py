@@ -4,7 +4,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterable
 from types import MethodType
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, fx, nn
 from torchao.quantization.pt2e import move_exported_model_to_eval, move_exported_model_to_train
@@ -46,8 +46,8 @@ class PT2EAdapter:
         prepare_timestep_input(graph_module, timestep_argument)
         _remember_module_paths(graph_module.graph)
         connect_scales(graph_module, list(_named_nodes(graph_module).values()))
-        graph_module.train = MethodType(_train, graph_module)  # type: ignore[method-assign]
-        graph_module.eval = MethodType(_eval, graph_module)  # type: ignore[method-assign]
+        _switch_modes(graph_module)
+        graph_module._register_deepcopy_hook(_switch_modes)
 
 
 def _remember_module_paths(graph: fx.Graph) -> None:
@@ -58,6 +58,12 @@ def _remember_module_paths(graph: fx.Graph) -> None:
             node.meta["module_path"] = layer_path(node)
         elif node.op == "call_function" and parameters:
             node.meta["module_path"] = str(parameters[0].target).rpartition(".")[0]
+
+
+def _switch_modes(graph_module: fx.GraphModule) -> None:
+    """Let `train` and `eval` work on the graph; a copy loses such methods and gets its own."""
+    graph_module.train = MethodType(_train, graph_module)  # type: ignore[method-assign]
+    graph_module.eval = MethodType(_eval, graph_module)  # type: ignore[method-assign]
 
 
 def _train(self: fx.GraphModule, mode: bool = True) -> fx.GraphModule:
@@ -72,31 +78,49 @@ def _eval(self: fx.GraphModule) -> fx.GraphModule:
 
 
 def _strip(graph_module: fx.GraphModule) -> None:
-    """Keep the quantizers of compute operators on the sample's path.
+    """Keep the quantizers of compute operators on the sample's path, and of their weights.
 
     Other quantizers than `TDQQuantizer` annotate additions, too, and what sees the timestep only.
     """
     graph = graph_module.graph
     depends = sources(graph)
     for node in quantizer_nodes(graph):
-        (source,) = node.all_input_nodes
-        on_path = sees_samples(depends[node])
-        for user in list(node.users):
-            operands = {user.args[index] for index in operand_indices(user)}
-            if node not in operands or not on_path:
-                user.replace_input_with(node, source)
-        if not node.users:
-            graph.erase_node(node)
+        users = node.users if sees_samples(depends[node]) else ()
+        _keep_for(node, [user for user in users if node in _operands(user)])
+    for node in _weight_quantizer_nodes(graph_module):
+        _keep_for(node, [u for u in node.users if is_layer(u) and sees_samples(depends[u])])
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
 
 
+def _keep_for(node: fx.Node, kept: list[fx.Node]) -> None:
+    (source,) = node.all_input_nodes
+    for user in list(node.users):
+        if user not in kept:
+            user.replace_input_with(node, source)
+    if not node.users:
+        node.graph.erase_node(node)
+
+
+def _operands(node: fx.Node) -> list[Any]:
+    return [node.args[index] for index in operand_indices(node)]
+
+
 def _initialise_weights(graph_module: fx.GraphModule) -> None:
-    for node in graph_module.graph.find_nodes(op="call_module"):
+    for node in _weight_quantizer_nodes(graph_module):
         quantizer = graph_module.get_submodule(str(node.target))
-        if isinstance(quantizer, TDQWeightFakeQuantize) and quantizer.scale.numel() == 0:
+        assert isinstance(quantizer, TDQWeightFakeQuantize)
+        if quantizer.scale.numel() == 0:
             (weight,) = node.all_input_nodes
             quantizer.initialise(cast(Tensor, graph_module.get_parameter(str(weight.target))))
+
+
+def _weight_quantizer_nodes(graph_module: fx.GraphModule) -> list[fx.Node]:
+    return [
+        node
+        for node in graph_module.graph.find_nodes(op="call_module")
+        if isinstance(graph_module.get_submodule(str(node.target)), TDQWeightFakeQuantize)
+    ]
 
 
 def _named_nodes(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
@@ -105,7 +129,7 @@ def _named_nodes(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
     quantizers, products = set(quantizer_nodes(graph_module.graph)), 0
     calls: Counter[str] = Counter()
     for user in graph_module.graph.nodes:
-        operands = [user.args[index] for index in operand_indices(user)]
+        operands = _operands(user)
         if not quantizers.intersection(operands):
             continue
         if is_layer(user):

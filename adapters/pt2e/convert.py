@@ -10,7 +10,7 @@ from tdq_plugin.adapters.pt2e.fake_quantize import TDQWeightFakeQuantize
 from tdq_plugin.adapters.pt2e.fold import fold_scale
 from tdq_plugin.errors import AdapterError
 from tdq_plugin.graph.compute import quantizer_nodes
-from tdq_plugin.graph.decompose import decompose, require_frozen
+from tdq_plugin.graph.decompose import decompose, require_convertible
 from tdq_plugin.quantizer import ActivationQuantizer
 
 __all__ = ["convert"]
@@ -19,7 +19,7 @@ __all__ = ["convert"]
 def convert(
     prepared: fx.GraphModule, *, mixed_timesteps: bool = False, fold_scales: bool = False
 ) -> fx.GraphModule:
-    """`convert_pt2e` for a frozen model; it stays as it is.
+    """`convert_pt2e` for a frozen model, in evaluation mode; it stays as it is.
 
     Every activation quantizer becomes a pair of `quantized_decomposed` operators whose scale is
     looked up in the table by the timestep. Weights are stored as int8 codes.
@@ -37,11 +37,11 @@ def convert(
         A new graph; `torch.export.export` takes it.
 
     Raises:
-        AdapterError: The model is not attached or not frozen, a quantizer is switched off, or a
-            zero point that depends on t shall be folded.
+        AdapterError: The model is not attached, not frozen or not float32, a quantizer is switched
+            off, or a zero point that depends on t shall be folded.
     """
-    require_frozen(prepared)
-    model = copy.deepcopy(prepared)
+    require_convertible(prepared)
+    model = copy.deepcopy(prepared).eval()
     for path, module in model.named_modules():
         if isinstance(module, TDQWeightFakeQuantize) and not module.enabled:
             raise AdapterError(

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, fx
 
 from tdq_plugin.adapters.pt2e.operators import is_layer, operand_indices
-from tdq_plugin.attach import scale_bank
 from tdq_plugin.errors import AdapterError
 from tdq_plugin.fake_quantize import per_sample
+from tdq_plugin.freeze import frozen_bank
 from tdq_plugin.quantizer import ActivationQuantizer
-from tdq_plugin.scales.frozen import FrozenBank
 
 __all__ = ["fold_scale"]
 
@@ -81,8 +80,7 @@ def _multiply_after(graph: fx.Graph, layer: fx.Node, scale: Any) -> None:
 
 
 def _constant_zero_point(model: fx.GraphModule, quantizer: ActivationQuantizer) -> int:
-    bank = scale_bank(model)
-    assert isinstance(bank, FrozenBank)
+    bank = frozen_bank(model, "a converted graph")
     assert quantizer.name is not None
     zero_points = bank.zero_points[:, bank.names.index(quantizer.name)]
     if bool((zero_points != zero_points[0]).any()):

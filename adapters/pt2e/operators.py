@@ -1,9 +1,10 @@
 """The operators of an exported graph whose inputs are quantized, and the layers that they were."""
 
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 __all__ = ["is_layer", "layer_path", "operand_indices", "weight_node"]
 
@@ -26,7 +27,7 @@ _PRODUCTS: dict[Any, tuple[int, ...]] = {
 
 def is_layer(node: fx.Node) -> bool:
     """Whether the node is a convolution or a linear layer with a parameter as its weight."""
-    return node.target in _LAYERS and weight_node(node).op == "get_attr"
+    return node.target in _LAYERS and _is_parameter(weight_node(node))
 
 
 def operand_indices(node: fx.Node) -> tuple[int, ...]:
@@ -41,6 +42,13 @@ def weight_node(node: fx.Node) -> fx.Node:
     while weight.op == "call_module":
         (weight,) = weight.all_input_nodes
     return weight
+
+
+def _is_parameter(node: fx.Node) -> bool:
+    owner = node.graph.owning_module
+    if node.op != "get_attr" or owner is None:
+        return False
+    return isinstance(attrgetter(str(node.target))(owner), nn.Parameter)
 
 
 def layer_path(node: fx.Node) -> str:

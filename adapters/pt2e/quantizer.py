@@ -45,10 +45,10 @@ def tdq_weight_spec(bits: int = 8, symmetric: bool = True) -> QuantizationSpec:
 
 
 class TDQQuantizer(Quantizer):
-    """Quantizes the inputs of convolutions, linear layers and matrix products.
+    """Quantizes the inputs of 1d and 2d convolutions, linear layers and matrix products.
 
-    Layers that depend on the timestep but not on the sample (the time embedding and its
-    projections) stay float.
+    Other layers, those whose weight is no parameter, and those that depend on the timestep but not
+    on the sample (the time embedding and its projections) stay float.
 
     Args:
         activation_bits: 2 to 8.
@@ -95,10 +95,11 @@ class TDQQuantizer(Quantizer):
         others = [layer_path(node) for node in model.graph.nodes if is_layer(node)]
         known = [*layers, *(name for name in others if name not in layers)]
         left_float = set(choose_layers(known, self.float_layers))
+        outer = {*layers[:1], *layers[-1:]}
         for node in nodes:
             path = layer_path(node) if is_layer(node) else None
             if path not in left_float:
-                specs = self.outer if path in (layers[0], layers[-1]) else self.inner
+                specs = self.outer if path in outer else self.inner
                 _annotate(node, *specs)
         return model
 

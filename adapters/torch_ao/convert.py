@@ -11,7 +11,7 @@ from tdq_plugin.adapters.torch_ao.fake_quantize import TDQFakeQuantize, TDQWeigh
 from tdq_plugin.adapters.torch_ao.qconfig import tdq_backend_config
 from tdq_plugin.errors import AdapterError
 from tdq_plugin.graph.compute import quantizer_nodes
-from tdq_plugin.graph.decompose import decompose, require_frozen
+from tdq_plugin.graph.decompose import decompose, require_convertible
 
 __all__ = ["convert"]
 
@@ -34,10 +34,11 @@ def convert(prepared: fx.GraphModule, *, mixed_timesteps: bool = False) -> fx.Gr
         A new graph; `torch.export.export` takes it.
 
     Raises:
-        AdapterError: The model is not attached or not frozen, a quantizer is switched off, a
-            layer pads by other values than zero, or this torch has no decomposed reference form.
+        AdapterError: The model is not attached, not frozen or not float32, a quantizer is switched
+            off, a layer pads by other values than zero, or this torch has no decomposed reference
+            form.
     """
-    require_frozen(prepared)
+    require_convertible(prepared)
     to_reference = getattr(quantize_fx, "_convert_to_reference_decomposed_fx", None)
     if to_reference is None:
         raise AdapterError(

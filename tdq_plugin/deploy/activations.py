@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tdq_plugin.fake_quantize import per_sample
 from tdq_plugin.grid import QuantizationGrid
-from tdq_plugin.scales.bank import SCALE_FLOOR
+from tdq_plugin.ranges import affine_range
 
 __all__ = [
     "Codes",
@@ -131,12 +131,6 @@ def _dynamic_row(x: Tensor, grid: QuantizationGrid) -> QuantizerRow:
     """The row that fits the minimum and maximum of the whole of `x`."""
     # An empty batch has no limits.
     low, high = x.aminmax() if x.numel() else x.new_zeros(2)
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    if grid.symmetric:
-        scale = torch.maximum(high / grid.quant_max, low / grid.quant_min).clamp(min=SCALE_FLOOR)
-        zero_point = torch.zeros_like(scale)
-    else:
-        scale = ((high - low) / (grid.quant_max - grid.quant_min)).clamp(min=SCALE_FLOOR)
-        zero_point = grid.quant_min - (low / scale).round()
+    scale, zero_point = affine_range(low.clamp(max=0), high.clamp(min=0), grid)
     code = (zero_point + uint8_shift(grid)).to(torch.int32)
     return QuantizerRow(scale, 1 / scale, zero_point - int8_shift(grid), code)

@@ -22,7 +22,7 @@ class TimestepLookup(nn.Module):
 
     The rows of a timestep are remembered, so that a sampler that visits it again for the next
     image pays as little as static quantization does. A table whose rows are all the same is
-    static quantization, and serves every timestep.
+    static quantization; its one list of rows is made once.
 
     Args:
         bank: Scales and zero points.
@@ -52,8 +52,6 @@ class TimestepLookup(nn.Module):
         """
         if self._is_static is None:
             self._prepare()
-        if self._static_rows is not None and self.values is None:
-            return self._static_rows, []
         if len(timesteps) > 1 and bool((timesteps == timesteps[0]).all()):
             timesteps = timesteps[:1]
         rows, index = self._find(timesteps)
@@ -73,9 +71,10 @@ class TimestepLookup(nn.Module):
         return found
 
     def _look_up(self, timesteps: Tensor) -> _Found:
+        # First of all, for a timestep outside of the table is an error whatever the rows are.
+        index = self.bank.index(timesteps)
         if self.bank.lookup == "linear":
             return self._static_rows or self._rows(*self.bank.rows(timesteps)), None
-        index = self.bank.index(timesteps)
         return self._static_rows or self._rows(*self.bank.select(index)), index
 
     def _rows(self, scales: Tensor, zero_points: Tensor) -> list[QuantizerRow]:

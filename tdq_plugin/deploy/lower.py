@@ -8,7 +8,6 @@ from typing import Literal, get_args
 import torch
 from torch import fx, nn
 
-from tdq_plugin.attach import scale_bank
 from tdq_plugin.deploy.activations import (
     DynamicCodes,
     DynamicValues,
@@ -26,8 +25,9 @@ from tdq_plugin.deploy.weights import (
     weight_quantizer,
 )
 from tdq_plugin.errors import AdapterError, LookupRuleError
+from tdq_plugin.freeze import frozen_bank
 from tdq_plugin.graph.compute import is_layer
-from tdq_plugin.graph.timestep_node import find_timestep_node
+from tdq_plugin.graph.timestep_node import find_timestep_node, timestep_input
 from tdq_plugin.graph.timestep_path import Source, sources
 from tdq_plugin.options import check_option
 from tdq_plugin.quantizer import ActivationQuantizer
@@ -48,11 +48,14 @@ class Int8Description:
         operands: What each quantizer quantizes, in row order.
         weight_bits: Bits of each int8 layer's weight by the layer's path.
         cache_timestep_path: Whether the timestep path is tabulated.
+        timestep_argument: Name of the input that holds the timestep; None if it is one of the
+            usual names.
     """
 
     operands: dict[str, list[Operand]]
     weight_bits: dict[str, int]
     cache_timestep_path: bool
+    timestep_argument: str | None = None
 
 
 def lower_to_int8(
@@ -78,14 +81,15 @@ def lower_to_int8(
         The lowered graph, in evaluation mode.
 
     Raises:
-        AdapterError: The model is not frozen, not on the CPU, has a quantizer that is switched off
-            or one that is dynamic for `activations="table"`, or a layer without int8 form.
+        AdapterError: The model is not frozen, not on the CPU, exported by `torch.export`, has a
+            quantizer that is switched off or one that is dynamic for `activations="table"`, or a
+            layer without int8 form.
         ConfigError: There is no such kind of `activations`.
         LookupRuleError: The cache was asked for with a lookup rule other than `exact`.
         TraceError: The timestep path cannot be tabulated.
     """
     check_option("activations", activations, get_args(Activations))
-    bank = _frozen_bank(model)
+    bank = _cpu_bank(model)
     if cache_timestep_path and bank.lookup != "exact":
         raise LookupRuleError(
             f"The timestep path cannot be cached with lookup={bank.lookup!r}: between the "
@@ -93,8 +97,11 @@ def lower_to_int8(
         )
     lowered = copy.deepcopy(model).eval()
     operands = quantized_operands(lowered)
+    _check_operands(operands)
     weight_bits = _lower_layers(lowered)
-    lowered.meta[_DESCRIPTION] = Int8Description(operands, weight_bits, cache_timestep_path)
+    lowered.meta[_DESCRIPTION] = Int8Description(
+        operands, weight_bits, cache_timestep_path, timestep_input(lowered.graph)
+    )
     quantizers = _lower_quantizers(lowered, dynamic=activations == "dynamic")
     _insert_lookup(lowered, quantizers, cache_timestep_path)
     lowered.graph.eliminate_dead_code()
@@ -118,15 +125,10 @@ def describe(model: nn.Module) -> Int8Description:
     return description
 
 
-def _frozen_bank(model: fx.GraphModule) -> FrozenBank:
+def _cpu_bank(model: fx.GraphModule) -> FrozenBank:
     if not isinstance(model, fx.GraphModule):
         raise AdapterError(f"Only graphs can be lowered to int8, not {type(model).__name__}.")
-    bank = scale_bank(model)
-    if not isinstance(bank, FrozenBank):
-        raise AdapterError(
-            f"The model's scale bank is a {type(bank).__name__}. "
-            "Call tdq_plugin.freeze(model, timesteps) before lower_to_int8."
-        )
+    bank = frozen_bank(model, "an int8 model")
     if bank.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         raise AdapterError(
             f"The integer kernels are onednn's, on the CPU; the model is on {bank.device} and "
@@ -134,6 +136,16 @@ def _frozen_bank(model: fx.GraphModule) -> FrozenBank:
             "Call model.cpu(), and use a torch build with onednn."
         )
     return bank
+
+
+def _check_operands(operands: dict[str, list[Operand]]) -> None:
+    if operands and not any(operands.values()):
+        raise AdapterError(
+            f"The graph has {len(operands)} quantizers (first: {next(iter(operands))!r}), and none "
+            "belongs to a layer or product that is known here; graphs from torch.export hold "
+            "other operators. Convert those by tdq_plugin.adapters.pt2e.convert(model, "
+            "fold_scales=True) for their backend, or prepare the model by torch.ao."
+        )
 
 
 def _lower_layers(graph_module: fx.GraphModule) -> dict[str, int]:

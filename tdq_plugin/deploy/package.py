@@ -84,7 +84,11 @@ def load_int8(
     description, lookup = _parse(folder, read_description(folder))
     state = _read_tensors(Path(folder) / _WEIGHTS)
     bank = FrozenBank(load_table(Path(folder) / _TABLE), lookup)
-    graph_module = trace(copy.deepcopy(float_model).eval(), example_inputs)
+    graph_module = trace(
+        copy.deepcopy(float_model).eval(),
+        example_inputs,
+        timestep_argument=description.timestep_argument,
+    )
     insert_quantizers(graph_module, description.operands, bank)
     _add_weight_quantizers(graph_module, description)
     lowered = lower_to_int8(graph_module, cache_timestep_path=description.cache_timestep_path)
@@ -134,7 +138,11 @@ def _parse(folder: str | Path, content: dict[str, Any]) -> tuple[Int8Description
             for name, found in content["operands"].items()
         }
         description = Int8Description(
-            operands, content["weight_bits"], content["cache_timestep_path"]
+            operands,
+            content["weight_bits"],
+            content["cache_timestep_path"],
+            # Folders that were written before it was stored have one of the usual names.
+            content.get("timestep_argument"),
         )
         return description, content["lookup"]
     except (KeyError, TypeError, AttributeError) as error:

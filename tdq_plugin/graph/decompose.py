@@ -5,12 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tdq_plugin.attach import scale_bank
 from tdq_plugin.errors import AdapterError, ScaleError
+from tdq_plugin.freeze import frozen_bank
 from tdq_plugin.quantizer import ActivationQuantizer
-from tdq_plugin.scales.frozen import FrozenBank
 
-__all__ = ["decompose", "require_frozen"]
+__all__ = ["decompose", "require_convertible"]
 
 # They are registered by the framework that converts.
 _OPERATORS = torch.ops.quantized_decomposed
@@ -31,9 +30,9 @@ def decompose(
         mixed_timesteps: As for `convert`.
 
     Raises:
-        AdapterError: The model is not frozen, or the quantizer is switched off.
+        AdapterError: The model is not frozen or not float32, or the quantizer is switched off.
     """
-    require_frozen(model)
+    require_convertible(model)
     quantizer.require_quantizing("converted graph")
     grid, graph = quantizer.grid, model.graph
     dtype = torch.int8 if grid.signed else torch.uint8
@@ -85,15 +84,17 @@ def along_batch(row: Tensor, x: Tensor) -> Tensor:
     return row.repeat_interleave(repeats)
 
 
-def require_frozen(model: nn.Module) -> None:
-    """Check that a model's bank is a table.
+def require_convertible(model: nn.Module) -> None:
+    """Check that a model's bank is a table, and its parameters float32.
 
     Raises:
-        AdapterError: It is not attached, or not frozen.
+        AdapterError: It is not attached, not frozen, or of another precision.
     """
-    bank = scale_bank(model)
-    if not isinstance(bank, FrozenBank):
-        raise AdapterError(
-            f"The model's bank is a {type(bank).__name__}; a converted graph holds a table. "
-            "Call tdq_plugin.freeze(model, timesteps) first."
-        )
+    frozen_bank(model, "a converted graph")
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            # A graph may cast by itself, so that float() alone would not do.
+            raise AdapterError(
+                f"{name!r} is {parameter.dtype}, and the operators of a converted graph give "
+                "float32. Call model.float() before the model is quantized."
+            )

@@ -7,12 +7,19 @@ from torch import fx
 from tdq_plugin.errors import TraceError
 from tdq_plugin.timestep import as_timesteps
 
-__all__ = ["find_timestep_node", "insert_timestep_node"]
+__all__ = ["find_timestep_node", "insert_timestep_node", "timestep_input"]
 
 
 def find_timestep_node(graph: fx.Graph) -> fx.Node | None:
     """The node that gives the timestep as a float32 tensor of shape `(B,)`, if there is one."""
     return next(iter(graph.find_nodes(op="call_function", target=as_timesteps)), None)
+
+
+def timestep_input(graph: fx.Graph) -> str | None:
+    """Name of the input that holds the timestep, if the graph has a timestep node."""
+    node = find_timestep_node(graph)
+    raw = node.args[0] if node is not None else None
+    return str(raw.target) if isinstance(raw, fx.Node) else None
 
 
 def insert_timestep_node(graph: fx.Graph, timestep: str, sample: str | None) -> fx.Node:

@@ -32,11 +32,12 @@ class LabelledDenoiser(nn.Module):
         return self.conv_out(self.conv_in(sample) * embedding[:, :, None, None])
 
 
-def prepared(model=None, qat=True, bits=8, mapping=None, example=None):
+def prepared(model=None, qat=True, bits=8, mapping=None, example=None, timestep_argument=None):
     """A prepared graph of a model with seeded weights."""
     torch.manual_seed(0)
     example = example or example_inputs()
-    graph = tdq.trace(model or TinyDenoiser(), example).train(qat)
+    graph = tdq.trace(model or TinyDenoiser(), example, timestep_argument=timestep_argument)
+    graph.train(qat)
     mapping = mapping or tdq_qconfig_mapping(graph, bits, bits, first_last_bits=None)
     prepare = prepare_qat_fx if qat else prepare_fx
     return prepare(graph, mapping, example, backend_config=tdq_backend_config()).eval()

@@ -14,6 +14,7 @@ from tdq_plugin.deploy.activations import (
     uint8_shift,
 )
 from tdq_plugin.fake_quantize import fake_quantize, quantize
+from tdq_plugin.grid import QuantizationGrid
 from tdq_plugin.quantizer import dynamic_range
 
 GRIDS = [activation_grid(bits, symmetric) for bits in range(2, 9) for symmetric in (False, True)]
@@ -58,11 +59,14 @@ def test_an_empty_batch_has_no_range():
     assert DynamicCodes(grid)(x).values.shape == (0, 3)
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_dynamic_ranges_are_those_of_the_dynamic_quantizer(grid):
+@pytest.mark.parametrize("grid", [*GRIDS, QuantizationGrid(0, 255, symmetric=True)], ids=str)
+@pytest.mark.parametrize("positive", [False, True])
+def test_dynamic_ranges_are_those_of_the_dynamic_quantizer(grid, positive):
     x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)) + 1
+    x = x.abs() if positive else x
     scale, zero_point = dynamic_range(x, grid)
     expected = fake_quantize(x, scale, zero_point, grid.quant_min, grid.quant_max)
+    assert expected.isfinite().all()
     assert torch.equal(DynamicValues(grid)(x), expected)
     codes = DynamicCodes(grid)(x)
     dequantized = (codes.values.to(torch.float32) - codes.zero_point) * codes.scale

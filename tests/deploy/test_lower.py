@@ -228,6 +228,20 @@ def test_a_timestep_outside_the_table_is_an_error(model):
             lowered(SAMPLE, timestep)
 
 
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("lookup", ["exact", "nearest", "linear"])
+def test_equal_rows_serve_no_timestep_outside_of_the_table(model, lookup, cache):
+    table = model.scale_bank.table
+    rows = table.scales[:1].expand_as(table.scales).contiguous()
+    table = tdq.ScaleTable(table.grids, table.timesteps, rows, table.zero_points)
+    static = tdq.load_scales(copy.deepcopy(model), table, lookup)
+    lowered = lower_to_int8(static, cache_timestep_path=cache and lookup == "exact")
+    for timestep in (1000, torch.tensor([0, 1000, 250, 999])):
+        with pytest.raises(LookupRuleError, match="Timestep 1000 is not in the frozen table"):
+            lowered(SAMPLE, timestep)
+    assert lowered(SAMPLE, 250).isfinite().all()
+
+
 @pytest.mark.parametrize("lookup", ["linear", "nearest"])
 def test_cache_needs_exact_lookup(lookup):
     model = frozen_tiny(lookup=lookup)

@@ -66,6 +66,26 @@ def test_linear_lookup_survives(tmp_path):
     assert torch.equal(load(tmp_path / "int8")(SAMPLE, 130), saved(SAMPLE, 130))
 
 
+class Renoiser(TinyDenoiser):
+    def forward(self, sample, sigma):
+        return super().forward(sample, sigma)
+
+
+def test_a_timestep_argument_of_another_name_survives(tmp_path):
+    saved = lower_to_int8(frozen(model=Renoiser(), timestep_argument="sigma"))
+    save_int8(saved, tmp_path / "int8")
+    loaded = load(tmp_path / "int8", Renoiser())
+    assert torch.equal(loaded(SAMPLE, sigma=250), saved(SAMPLE, sigma=250))
+
+
+def test_folders_that_do_not_name_the_timestep_argument(folder):
+    path = folder / "quantization.json"
+    content = json.loads(path.read_text())
+    assert content.pop("timestep_argument") == "timestep"
+    path.write_text(json.dumps(content))
+    assert torch.equal(load(folder)(SAMPLE, 250), lower_to_int8(frozen_tiny())(SAMPLE, 250))
+
+
 def test_extra_facts_are_in_the_description(folder):
     assert json.loads((folder / "quantization.json").read_text())["extra"] == {"steps": 5}
 

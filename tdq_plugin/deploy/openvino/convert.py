@@ -19,7 +19,7 @@ from tdq_plugin.deploy.openvino.rewrite import check_bank, rewrite, table_of
 from tdq_plugin.deploy.openvino.tabulate import tabulate_timestep_path
 from tdq_plugin.deploy.openvino.traced import traced_model
 from tdq_plugin.errors import AdapterError, LookupRuleError, TraceError
-from tdq_plugin.graph.timestep_node import find_timestep_node
+from tdq_plugin.graph.timestep_node import timestep_input
 from tdq_plugin.scales.frozen import FrozenBank
 from tdq_plugin.timestep import find_timestep_argument
 
@@ -105,10 +105,8 @@ def _traceable(
 
 def _timestep_argument(model: nn.Module) -> str:
     """A graph knows it, whatever its name is."""
-    node = find_timestep_node(model.graph) if isinstance(model, fx.GraphModule) else None
-    if node is not None and isinstance(node.args[0], fx.Node):
-        return str(node.args[0].target)
-    return find_timestep_argument(inspect.signature(model.forward))
+    known = timestep_input(model.graph) if isinstance(model, fx.GraphModule) else None
+    return known or find_timestep_argument(inspect.signature(model.forward))
 
 
 def _check_lookup(bank: FrozenBank) -> None:

@@ -10,6 +10,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt
 
 import tdq_plugin as tdq
 from tdq_plugin.adapters.pt2e import TDQQuantizer, TDQWeightFakeQuantize, convert, export
+from tdq_plugin.deploy.openvino import to_openvino
 from tdq_plugin.errors import AdapterError, ScaleError
 
 SAMPLE = BATCHES[2][0][:4]
@@ -92,6 +93,13 @@ def test_a_zero_point_that_moves_cannot_be_folded():
         convert(model, fold_scales=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("fold", [False, True])
+def test_another_precision_is_refused(frozen, dtype, fold):
+    with pytest.raises(AdapterError, match=rf"is {dtype}, .*model\.float\(\) before"):
+        convert(frozen().to(dtype), fold_scales=fold)
+
+
 def test_the_model_itself_stays(frozen):
     model = frozen()
     code, before = model.code, model(SAMPLE, 250)
@@ -99,6 +107,26 @@ def test_the_model_itself_stays(frozen):
     convert(model)
     assert model.code == code
     assert torch.equal(model(SAMPLE, 250), before)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_a_model_in_training_mode_is_converted_without_dropout(fold):
+    class Dropping(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, sample, timestep):
+            return self.last(torch.nn.functional.dropout(self.first(sample), 0.5, self.training))
+
+    example = torch.ones(2, 4), torch.tensor([1, 2])
+    model = tdq.attach(prepare_qat_pt2e(export(Dropping(), example), TDQQuantizer())).train()
+    x = torch.randn(8, 4)
+    tdq.calibrate(model, [(x, step) for step in STEPS], samples=64)
+    converted = convert(tdq.freeze(model, STEPS), fold_scales=fold)
+    with torch.no_grad():
+        assert torch.equal(converted(x, 600), converted(x, 600))
+        assert not torch.equal(model(x, 600), model(x, 600)), "the model stays in training mode"
 
 
 def test_torchao_calls_the_hook(frozen):
@@ -151,3 +179,17 @@ def test_switched_off_quantizers(frozen, fold):
     weight.disable_fake_quant()
     with pytest.raises(AdapterError, match=r"weight quantizer .* is switched off"):
         convert(model, fold_scales=fold)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_integer_execution_is_not_of_exported_graphs(frozen, cache):
+    """Without the check it gave a model that has no integer layer."""
+    with pytest.raises(
+        AdapterError, match=r"\d+ quantizers.*pt2e\.convert\(model, fold_scales=True"
+    ):
+        tdq.lower_to_int8(frozen(), cache_timestep_path=cache)
+
+
+def test_openvino_is_not_for_exported_graphs(frozen):
+    with pytest.raises(AdapterError, match=r"pt2e\.convert\(model, fold_scales=True"):
+        to_openvino(frozen(), example_inputs())

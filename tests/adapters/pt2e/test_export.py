@@ -104,13 +104,19 @@ def test_a_graph_without_a_timestep():
         prepare_qat_pt2e(program.module(), TDQQuantizer())
 
 
-def test_training_mode_reaches_operators_and_modules(exported_unet, unet_inputs):
+@pytest.mark.parametrize("copies", [0, 1, 2])
+def test_training_mode_reaches_operators_and_modules(exported_unet, unet_inputs, copies):
+    """Also in copies, as an average of the weights is one."""
     model = prepare_qat_pt2e(copy.deepcopy(exported_unet), TDQQuantizer(8, 8))
     tdq.attach(model)
     tdq.calibrate(model, [unet_inputs], samples=16)
     model.train()
+    for _ in range(copies):
+        model = copy.deepcopy(model)
     assert all(quantizer.training for _, quantizer in tdq.named_quantizers(model))
     assert not torch.equal(model(*unet_inputs), model(*unet_inputs)), "dropout is active"
     model.eval()
     assert not any(quantizer.training for _, quantizer in tdq.named_quantizers(model))
     assert torch.equal(model(*unet_inputs), model(*unet_inputs))
+    model.train()
+    assert not torch.equal(model(*unet_inputs), model(*unet_inputs))

@@ -38,6 +38,24 @@ def attached(exported, prepare=prepare_qat_pt2e, **options):
     return tdq.attach(prepare(copy.deepcopy(exported), TDQQuantizer(4, 8, **options))).eval()
 
 
+def x86_quantizer():
+    quantizer = X86InductorQuantizer()
+    configuration = QuantizationConfig(
+        tdq_activation_spec(8), None, tdq_weight_spec(8), None, is_qat=True
+    )
+    quantizer.set_global(configuration)
+    return quantizer
+
+
+def quantized_weights(model):
+    """Names of the parameters that are fake-quantized."""
+    return {
+        node.args[0].target
+        for node in model.graph.find_nodes(op="call_module")
+        if isinstance(model.get_submodule(node.target), TDQWeightFakeQuantize)
+    }
+
+
 @pytest.mark.parametrize("prepare", [prepare_qat_pt2e, prepare_pt2e])
 def test_names_and_values_are_those_of_fx(unet, unet_inputs, exported_unet, prepare):
     graph = tdq.trace(copy.deepcopy(unet), unet_inputs)
@@ -72,20 +90,18 @@ def test_bits_that_are_not_supported():
 
 
 def test_the_quantizer_of_a_backend(exported_unet, unet_inputs):
-    """torchao's own x86 quantizer annotates additions, too, which TDQ leaves float."""
-    quantizer = X86InductorQuantizer()
-    configuration = QuantizationConfig(
-        tdq_activation_spec(8), None, tdq_weight_spec(8), None, is_qat=True
-    )
-    quantizer.set_global(configuration)
-    prepared = prepare_qat_pt2e(copy.deepcopy(exported_unet), quantizer)
+    """torchao's own annotates additions and the time embedding, too, which TDQ leaves float."""
+    prepared = prepare_qat_pt2e(copy.deepcopy(exported_unet), x86_quantizer())
     before = sum(isinstance(module, TDQFakeQuantize) for module in prepared.modules())
+    annotated = quantized_weights(prepared)
     model = tdq.attach(prepared).eval()
     names = tdq.scale_bank(model).names
     layers = {name for name in grids(attached(exported_unet)) if not name.startswith("product")}
     assert set(names) == layers
     assert before > len(names)
     assert sum(isinstance(module, TDQFakeQuantize) for module in model.modules()) == len(names)
+    assert "time_embedding.linear_1.weight" in annotated - quantized_weights(model)
+    assert quantized_weights(model) == quantized_weights(attached(exported_unet))
     tdq.calibrate(model, [unet_inputs], samples=64)
     with tdq.calibration(model), torch.no_grad():
         expected = model(*unet_inputs)
@@ -104,6 +120,35 @@ def test_a_layer_that_is_called_twice():
 
     exported = export(Twice(), (torch.ones(2, 4), torch.tensor([1.0, 2.0])))
     assert tdq.scale_bank(attached(exported)).names == ("layer.input", "layer.input.1")
+
+
+class Blurred(nn.Module):
+    """A convolution with a fixed kernel between two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("kernel", torch.full((4, 1, 3, 3), 1 / 9))
+        self.first, self.last = nn.Conv2d(1, 4, 1), nn.Conv2d(4, 1, 1)
+
+    def forward(self, sample, timestep):
+        blurred = nn.functional.conv2d(self.first(sample), self.kernel, padding=1, groups=4)
+        return self.last(blurred) * timestep[:, None, None, None]
+
+
+def test_a_kernel_that_is_no_parameter_stays_float():
+    exported = export(Blurred(), (torch.ones(2, 1, 6, 6), torch.tensor([1.0, 2.0])))
+    model = attached(exported)
+    assert tdq.scale_bank(model).names == ("first.input", "last.input")
+    assert quantized_weights(model) == {"first.weight", "last.weight"}
+
+
+def test_products_without_any_layer():
+    class Products(nn.Module):
+        def forward(self, sample, timestep):
+            return torch.matmul(sample, sample.transpose(1, 2)) * timestep[:, None, None]
+
+    exported = export(Products(), (torch.ones(2, 3, 4), torch.tensor([1.0, 2.0])))
+    assert set(grids(attached(exported))) == {"product.0.0", "product.0.1"}
 
 
 def test_layers_that_torchao_lets_share_a_quantizer():

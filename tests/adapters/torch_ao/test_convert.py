@@ -188,6 +188,12 @@ def test_models_that_cannot_be_converted(prepare, frozen):
         convert(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_another_precision_is_refused(frozen, dtype):
+    with pytest.raises(AdapterError, match=rf"is {dtype}, .*model\.float\(\) before"):
+        convert(frozen().to(dtype))
+
+
 @pytest.mark.parametrize("qat", [True, False])
 def test_padding_that_torch_ao_would_lose(prepare, qat):
     model = TinyDenoiser()
