@@ -12,8 +12,7 @@ __all__ = ["evaluation_mode"]
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Within the block, dropout and batch statistics are those of evaluation.
 
-    Each module's own flag comes back afterwards, also where parts of a model differ. The flags are
-    set directly, because exported graphs refuse `train()` and `eval()`.
+    Each module's own flag comes back afterwards, also where parts of a model differ.
 
     Example:
         >>> model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
@@ -25,9 +24,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """
     training = {module: module.training for module in model.modules()}
     try:
-        for module in training:
-            module.training = False
+        model.eval()
         yield
     finally:
+        # Exported graphs switch operators in it, not only flags.
+        model.train(training[model])
         for module, was_training in training.items():
             module.training = was_training

@@ -42,5 +42,6 @@ def require_float32(model: nn.Module, product: str) -> None:
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             raise AdapterError(
                 f"{name!r} is {parameter.dtype}, and the quantizers of the {product} take float32. "
-                "Call model.float() first."
+                "Call model.float(); a traced or exported graph may cast by itself, then quantize "
+                "the model anew after model.float()."
             )

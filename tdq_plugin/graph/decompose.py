@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tdq_plugin.errors import AdapterError, ScaleError
+from tdq_plugin.errors import ScaleError
+from tdq_plugin.float32 import require_float32
 from tdq_plugin.freeze import frozen_bank
 from tdq_plugin.quantizer import ActivationQuantizer
 
@@ -91,10 +92,4 @@ def require_convertible(model: nn.Module) -> None:
         AdapterError: It is not attached, not frozen, or of another precision.
     """
     frozen_bank(model, "a converted graph")
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and parameter.dtype != torch.float32:
-            # A graph may cast by itself, so that float() alone would not do.
-            raise AdapterError(
-                f"{name!r} is {parameter.dtype}, and the operators of a converted graph give "
-                "float32. Call model.float() before the model is quantized."
-            )
+    require_float32(model, "converted graph")
