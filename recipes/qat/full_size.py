@@ -182,17 +182,6 @@ def judge_best(
             row = _row(run, name, evaluation, run.framework.simulate(model))
         rows.append(row | {"validation_loss": loss})
     if run.accelerator.is_main_process:
-        load_weights(quantized, best.path(next(iter(best.losses()))))
-        # Without a table there is nothing to deploy.
-        if not METHODS[config.method].dynamic:
-            save_model(
-                run.framework,
-                quantized,
-                folder / "model",
-                run.model.unet,
-                evaluation.scheduler,
-                {"recipe": recipe, "method": config.method, "bits": config.bits},
-            )
         results = {
             "recipe": recipe,
             "method": METHODS[config.method].title,
@@ -204,8 +193,20 @@ def judge_best(
         }
         with atomic_file(folder / "results.json") as temporary:
             temporary.write_text(json.dumps(results, indent=2))
+        # First, so that they are there even if the model cannot be saved.
     run.accelerator.wait_for_everyone()
 
+        load_weights(quantized, best.path(next(iter(best.losses()))))
+        # Without a table there is nothing to deploy.
+        if not METHODS[config.method].dynamic:
+            save_model(
+                run.framework,
+                quantized,
+                folder / "model",
+                run.model.unet,
+                evaluation.scheduler,
+                {"recipe": recipe, "method": config.method, "bits": config.bits},
+            )
 
 def _row(
     run: QATRun[FullSizeConfig], name: str, evaluation: SampleEvaluation, denoiser: Denoiser

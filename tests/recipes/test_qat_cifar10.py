@@ -20,6 +20,7 @@ from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes import find_recipe
 from tdq_plugin.recipes.calibration import placeholder
 from tdq_plugin.recipes.image_data import load_images
+from tdq_plugin.recipes.qat import full_size
 from tdq_plugin.recipes.qat.best_checkpoints import BestCheckpoints
 from tdq_plugin.recipes.qat.full_size import prepare_method, train_best
 from tdq_plugin.recipes.qat.stages import start
@@ -85,6 +86,20 @@ def test_the_saved_model_draws(finished: Path) -> None:
     integer = load_int8(finished / "model" / "int8", unet, (x, t))
     with torch.no_grad():
         assert integer(x, 500).isfinite().all()
+
+
+def test_results_do_not_wait_for_the_model(
+    finished: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError("No space left on device")
+
+    before = results(finished)
+    (finished / "results.json").unlink()
+    monkeypatch.setattr(full_size, "save_model", fail)
+    with pytest.raises(OSError, match="No space"):
+        QAT.run(QAT.configure([*overrides, "name=one"]))
+    assert results(finished) == before
 
 
 def test_two_processes_do_what_one_does(finished: Path, overrides: list[str]) -> None:
