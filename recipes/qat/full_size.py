@@ -16,7 +16,7 @@ from tdq_plugin.recipes.evaluation.sample_rows import SampleRows
 from tdq_plugin.recipes.evaluation.sampling import Denoiser, scheduler_with
 from tdq_plugin.recipes.float_model import FloatModel, set_dropout
 from tdq_plugin.recipes.frameworks import Framework
-from tdq_plugin.recipes.image_data import Images, load_images
+from tdq_plugin.recipes.image_data import Images, load_all_images, load_images
 from tdq_plugin.recipes.objectives import NoisedImages, Objective
 from tdq_plugin.recipes.plan import Plan, training_memory
 from tdq_plugin.recipes.qat.best_checkpoints import BestCheckpoints
@@ -79,7 +79,7 @@ def plan_of(recipe: str, config: FullSizeConfig, model: FloatModel, quantized: n
         "memory": memory.describe(config.training.batch_size),
         "evaluation": f"{config.evaluation.samples:,} images by {config.evaluation.steps} DDIM "
         f"steps of the float model and {config.validation.keep} trained ones, "
-        f"{calls:,} denoised images",
+        f"{calls:,} denoised images, compared with {len(training) + len(held_out):,} real images",
         "features": FEATURE_SPACES[config.evaluation.features],
         "installed": f"missing: {', '.join(missing)}; the run would stop" if missing else "yes",
         "results": str(config.run_folder),
@@ -168,13 +168,13 @@ def judge_best(
     recipe: str,
     run: QATRun[FullSizeConfig],
     quantized: nn.Module,
-    images: Images,
     best: BestCheckpoints,
 ) -> None:
-    """Judge the float model and the kept weights; what is done already is read."""
+    """Judge the float model and the kept weights by all images; what is done already is read."""
     config, folder = run.config, run.state.folder
     evaluation = SampleEvaluation(config.evaluation, run.accelerator, run.model, images)
     rows = [_row(run, "float32", evaluation, run.model.denoise)]
+    images = load_all_images(config.data, run.model.image_shape)
     for step, loss in best.losses().items():
         load_weights(quantized, best.path(step))
         with frozen(quantized, evaluation.scheduler) as model:

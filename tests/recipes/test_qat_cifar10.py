@@ -192,6 +192,8 @@ def test_the_real_size_trains(cifar10_pipeline: Path, tmp_path: Path) -> None:
     quantized = prepare_method(config, run.framework, run.model, placeholder(run.model))
     before = quantized.get_parameter("mid_block.resnets.0.conv1.weight").detach().clone()
     best = BestCheckpoints(config.run_folder / "weights", 5)
+    assert "4,984 images and 16 for validation" in described
+    assert "compared with 5,000 real images" in described
     train_best(run, quantized, *load_images(config.data, run.model.image_shape), best)
     assert list(best.losses()) == [1]
     after = quantized.get_parameter("mid_block.resnets.0.conv1.weight")
