@@ -1,10 +1,9 @@
 """Stages of the full-size PTQ recipes: how a run starts, its scales, and its rows."""
 
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +17,7 @@ from tdq_plugin.recipes.evaluation.sampling import Denoiser, scheduler_with
 from tdq_plugin.recipes.float_model import FloatModel, load_float_model, set_attention_heads
 from tdq_plugin.recipes.frameworks import Framework, load_framework
 from tdq_plugin.recipes.image_data import Images, load_all_images
+from tdq_plugin.recipes.processes import start_processes
 from tdq_plugin.recipes.ptq.full_size_config import FullSizePTQConfig
 from tdq_plugin.recipes.ptq.method_states import MethodStates
 from tdq_plugin.recipes.ptq.methods import METHODS
@@ -83,9 +83,7 @@ def begin(config: FullSizePTQConfig) -> FullSizePTQRun:
     require_features(config.evaluation.features)
     framework = load_framework(config.adapter)
     check_weights(config.weights, framework, config.adapter)
-    # The processes wait for the one that trains.
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
+    accelerator = start_processes()
     with accelerator.main_process_first():
         model = load_model(config).to(accelerator.device)
         images = load_all_images(config.data, model.image_shape)

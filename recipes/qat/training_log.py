@@ -5,11 +5,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from accelerate import Accelerator
 
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_file
+from tdq_plugin.recipes.processes import start_processes
 
 __all__ = ["Tracker", "TrainingLog", "make_accelerator"]
 
@@ -36,8 +36,7 @@ def make_accelerator(
                 f"trackers = {trackers}: {tracker} is not installed. "
                 f"Install it: pip install {tracker}."
             )
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
+    accelerator = start_processes(
         mixed_precision=mixed_precision,
         log_with=list(trackers) or None,
         project_dir=folder,

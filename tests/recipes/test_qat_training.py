@@ -27,6 +27,7 @@ from tdq_plugin.recipes.objectives import (
     Objective,
     weighting_of,
 )
+from tdq_plugin.recipes.processes import PATIENCE
 from tdq_plugin.recipes.qat.best_checkpoints import BestCheckpoints
 from tdq_plugin.recipes.qat.methods import METHODS, apply_method, calibrate_bank
 from tdq_plugin.recipes.qat.model import frozen, load_weights, save_weights
@@ -375,3 +376,9 @@ def test_a_tracker_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("tdq_plugin.recipes.qat.training_log.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"trackio is not installed\. .*pip install trackio"):
         make_accelerator(tmp_path, "no", ["trackio"], {})
+def test_processes_wait_for_each_other_for_days(tmp_path: Path) -> None:
+    handler = make_accelerator(tmp_path, "no", [], {}).init_handler
+    assert handler is not None
+    assert handler.timeout == PATIENCE
+
+
