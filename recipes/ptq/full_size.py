@@ -69,8 +69,13 @@ class FullSizePTQRun:
 
 
 def load_model(config: FullSizePTQConfig) -> FloatModel:
-    """The float model."""
+    """The float model.
+
+    Raises:
+        ConfigError: There is none, or the configuration does not fit it.
+    """
     model = load_float_model(config.model)
+    scheduler_with(model.scheduler, config.evaluation.steps)
     if config.attention_heads is not None:
         set_attention_heads(model.unet, config.attention_heads)
     return model

@@ -4,6 +4,7 @@ import torch
 
 import tdq_plugin as tdq
 from tdq_plugin.recipes.calibration import placeholder
+from tdq_plugin.recipes.evaluation.sampling import scheduler_with
 from tdq_plugin.recipes.float_model import load_float_model
 from tdq_plugin.recipes.frameworks import load_framework
 from tdq_plugin.recipes.image_data import load_images
@@ -21,6 +22,7 @@ def plan_of(recipe: str, config: ComparisonConfig) -> Plan:
     torch.set_num_threads(config.threads)
     framework = load_framework(config.adapter)
     model = load_float_model(config.model)
+    scheduler_with(model.scheduler, config.steps)
     data, _ = load_images(config.data, model.image_shape)
     points = placeholder(model)
     quantized = framework.prepare(model.unet, points, config.widths)

@@ -45,8 +45,10 @@ def prepare_method(
         data: A batch for frameworks that look at activations themselves.
 
     Raises:
-        ConfigError: The framework cannot train the method, or has no dropout.
+        ConfigError: The framework cannot train the method, or has no dropout; or the evaluation
+            has too many steps.
     """
+    scheduler_with(model.scheduler, config.evaluation.steps)  # Not after days of training.
     if config.dropout and not framework.keeps_dropout:
         raise ConfigError(
             f"dropout = {config.dropout}: the models of {config.adapter} have none in training. "
@@ -172,9 +174,9 @@ def judge_best(
 ) -> None:
     """Judge the float model and the kept weights by all images; what is done already is read."""
     config, folder = run.config, run.state.folder
+    images = load_all_images(config.data, run.model.image_shape)
     evaluation = SampleEvaluation(config.evaluation, run.accelerator, run.model, images)
     rows = [_row(run, "float32", evaluation, run.model.denoise)]
-    images = load_all_images(config.data, run.model.image_shape)
     for step, loss in best.losses().items():
         load_weights(quantized, best.path(step))
         with frozen(quantized, evaluation.scheduler) as model:
@@ -191,11 +193,9 @@ def judge_best(
             "feature_space": FEATURE_SPACES[config.evaluation.features],
             "rows": rows,
         }
+        # First, so that they are there even if the model cannot be saved.
         with atomic_file(folder / "results.json") as temporary:
             temporary.write_text(json.dumps(results, indent=2))
-        # First, so that they are there even if the model cannot be saved.
-    run.accelerator.wait_for_everyone()
-
         load_weights(quantized, best.path(next(iter(best.losses()))))
         # Without a table there is nothing to deploy.
         if not METHODS[config.method].dynamic:
@@ -207,6 +207,8 @@ def judge_best(
                 evaluation.scheduler,
                 {"recipe": recipe, "method": config.method, "bits": config.bits},
             )
+    run.accelerator.wait_for_everyone()
+
 
 def _row(
     run: QATRun[FullSizeConfig], name: str, evaluation: SampleEvaluation, denoiser: Denoiser

@@ -260,6 +260,12 @@ def test_a_budget_that_is_too_small_shows_in_the_plan(overrides: list[str]) -> N
         CIFAR.plan(config)
 
 
+def test_a_sampler_with_too_many_steps(overrides: list[str]) -> None:
+    config = CIFAR.configure([*overrides, "evaluation.steps=1001"])
+    with pytest.raises(ConfigError, match=r"cannot have steps = 1001: .* has 1000 timesteps"):
+        CIFAR.plan(config)
+
+
 def test_an_empty_folder_of_images(overrides: list[str], tmp_path: Path) -> None:
     config = CIFAR.configure([*overrides, f"data={{source: folder, location: {tmp_path}}}"])
     with pytest.raises(ConfigError, match=r"data.source = 'folder' has no images at .*\.png"):

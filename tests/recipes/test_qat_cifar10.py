@@ -157,6 +157,14 @@ def test_a_restart_repeats_nothing(
         assert all(torch.equal(again[name], value) for name, value in load_file(path).items())
 
 
+def test_a_sampler_with_too_many_steps(overrides: list[str]) -> None:
+    config = QAT.configure([*overrides, "name=steps", "evaluation.steps=1001"])
+    message = r"cannot have steps = 1001: .* has 1000 timesteps\. Set steps .* to 1000 or less"
+    for do in (QAT.plan, QAT.run):
+        with pytest.raises(ConfigError, match=message):
+            do(config)
+
+
 @pytest.fixture(scope="module")
 def cifar10_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The architecture of google/ddpm-cifar10-32, with random weights."""
