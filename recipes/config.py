@@ -24,6 +24,7 @@ __all__ = [
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 # Small models that come with the package.
 ASSETS = Path(__file__).parent / "assets"
+MODEL_CONFIG = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RecipeConfig(BaseModel):
@@ -36,7 +37,7 @@ class RecipeConfig(BaseModel):
         threads: Number of CPU threads that torch uses.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = MODEL_CONFIG
 
     name: str
     output: Path = Path("runs")
@@ -52,7 +53,7 @@ class RecipeConfig(BaseModel):
 class Section(BaseModel):
     """A part of a configuration that several recipes share."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = MODEL_CONFIG
 
 
 class _Seeded(Protocol):

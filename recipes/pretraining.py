@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_file
+from tdq_plugin.recipes.checkpoints import load_checkpoint, save_checkpoint
 from tdq_plugin.recipes.config import RecipeConfig
 from tdq_plugin.recipes.evaluation.sampling import sample, scheduler_with
 from tdq_plugin.recipes.float_model import FloatModel
@@ -62,11 +63,20 @@ class Training:
         self.losses: list[float] = []
 
     def advance(self, loss_of: Callable[[torch.Generator], Tensor]) -> None:
-        """One optimizer step. Every draw is a function of (seed, step), so a restart is exact."""
+        """One optimizer step. Every draw is a function of (seed, step), so a restart is exact.
+
+        Raises:
+            ConfigError: The loss or its gradient is not finite.
+        """
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
         loss = loss_of(generator)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if not (loss.isfinite() and norm.isfinite()):
+            raise ConfigError(
+                f"The training loss is {float(loss.detach())} at step {self.step + 1}, the norm of its "
+                f"gradient {float(norm)}. Lower learning_rate."
+            )
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
@@ -86,11 +96,12 @@ class Training:
         }
 
     def save(self, path: Path) -> None:
-        with atomic_file(path) as temporary:
-            torch.save(self.state(), temporary)
+        save_checkpoint(path, self.state())
 
     def load(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True)
+        state = load_checkpoint(path)
+        if state is None:
+            return
         shown = differences(json.loads(state["config"]), self.config.model_dump(mode="json"))
         if shown:
             raise ConfigError(
@@ -118,12 +129,12 @@ def pretrain(
         The loss of every step.
 
     Raises:
-        ConfigError: The checkpoint was written with other settings.
+        ConfigError: The checkpoint was written with other settings or is damaged, or the loss is
+            not finite.
     """
     checkpoint = config.run_folder / "checkpoint.pt"
     training = Training(config, model)
-    if checkpoint.exists():
-        training.load(checkpoint)
+    training.load(checkpoint)
     progress = tqdm(total=config.iterations, initial=training.step, desc="pretrain", mininterval=10)
     while training.step < config.iterations:
         training.advance(loss_of)

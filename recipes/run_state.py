@@ -11,7 +11,7 @@ from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_file
 from tdq_plugin.recipes.evaluation.denoiser import Result
 
-__all__ = ["RunState", "check_folder", "check_same_settings", "differences"]
+__all__ = ["RunState", "check_folder", "check_same_settings", "differences", "read_settings"]
 
 
 class RunState:
@@ -83,9 +83,25 @@ def check_same_settings(path: Path, config: dict[str, Any], remedy: str) -> None
     Raises:
         ConfigError: It holds another one; the message names every setting that differs.
     """
-    shown = differences(json.loads(path.read_text()), json.loads(json.dumps(config)))
+    shown = differences(read_settings(path), json.loads(json.dumps(config)))
     if shown:
         raise ConfigError(f"{path.parent} holds a run with other settings: {shown}. {remedy}")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The content of a run's `config.json`.
+
+    Raises:
+        ConfigError: It is damaged.
+    """
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is damaged: {error}. If the run had the settings of this command, remove the "
+            "file; otherwise remove the folder."
+        ) from error
+    return settings
 
 
 def differences(known: dict[str, Any], wanted: dict[str, Any]) -> str:

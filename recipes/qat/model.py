@@ -1,6 +1,5 @@
 """A model in training: its weights on disk, and its scales frozen for a while."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import tdq_plugin as tdq
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_file
 from tdq_plugin.freeze import evaluate_table
+from tdq_plugin.recipes.run_state import read_settings
 from tdq_plugin.scales import FrozenBank
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def copy_weights(run: Path, method: str, config: "QATConfig", path: Path) -> Non
             f"trained = {str(run)!r} has no weights of {method!r}: {source} does not exist. "
             "Give the folder of a finished run with this method."
         )
-    other = json.loads(settings.read_text())
+    other = read_settings(settings)
     for key, wanted in (("adapter", config.adapter), ("bits", config.bits)):
         if other[key] != wanted:
             raise ConfigError(

@@ -142,6 +142,14 @@ def test_training_moves_the_weights_by_the_seed(
     )
 
 
+def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    config = PIXELS.configure([*SHORT, f"output={tmp_path}", "checkpoint_every=1"])
+    network = torch.nn.Linear(1, 1)
+    with pytest.raises(ConfigError, match=r"training loss is nan at step 1, .* Lower learning_r"):
+        pretraining.pretrain(config, network, lambda generator: network.weight.sum() * torch.nan)
+    assert not config.run_folder.exists()
+
+
 def test_a_run_folder_belongs_to_one_configuration(
     finished: dict[str, Path], overrides: dict[str, list[str]]
 ) -> None:

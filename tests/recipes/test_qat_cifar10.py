@@ -192,6 +192,8 @@ def test_the_real_size_trains(cifar10_pipeline: Path, tmp_path: Path) -> None:
     described = str(QAT.plan(config))
     assert "35,746,307 parameters" in described
     assert "TDQ, W4A4, " in described
+    assert "4,984 images and 16 for validation" in described
+    assert "compared with 5,000 real images" in described
     total, state = map(float, re.findall(r"(\d+\.\d+)(?: GB:| for param)", described))
     # 20 bytes for each parameter, two copies of the quantized weights, and the float model.
     assert 1.05 < state < 1.35
@@ -200,8 +202,6 @@ def test_the_real_size_trains(cifar10_pipeline: Path, tmp_path: Path) -> None:
     quantized = prepare_method(config, run.framework, run.model, placeholder(run.model))
     before = quantized.get_parameter("mid_block.resnets.0.conv1.weight").detach().clone()
     best = BestCheckpoints(config.run_folder / "weights", 5)
-    assert "4,984 images and 16 for validation" in described
-    assert "compared with 5,000 real images" in described
     train_best(run, quantized, *load_images(config.data, run.model.image_shape), best)
     assert list(best.losses()) == [1]
     after = quantized.get_parameter("mid_block.resnets.0.conv1.weight")
@@ -234,6 +234,11 @@ def test_the_run_stops_before_it_starts_without_inception(tiny_pipeline: Path) -
     [
         ("method=tdk", r"^method = 'tdk': .*choose from .*'tdq_paper'"),
         ("float_layers=conv_in", r"^float_layers = 'conv_in': Input should be a valid list"),
+        (
+            "training.learning_rate=.inf",
+            r"^training\.learning_rate = inf: Input should be a finite number",
+        ),
+        ("scale_learning_rate=.nan", r"^scale_learning_rate = nan: Input should be a finite num"),
         ("validation.keep=0", r"^validation\.keep = 0: Input should be greater than 0"),
         ("data.source=x", r"^data\.source = 'x': Input should be 'digits', 'folder' or 'hub'"),
         ("training.mixed_precision=fp8", r"^training\.mixed_precision = 'fp8': Input should be"),
