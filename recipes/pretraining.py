@@ -1,6 +1,7 @@
 """Train a float network from scratch: one loop with checkpoints, for all pretraining recipes."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
@@ -72,16 +73,17 @@ class Training:
         loss = loss_of(generator)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        if not (loss.isfinite() and norm.isfinite()):
+        value, length = float(loss.detach()), float(norm)
+        if not math.isfinite(value + length):
             raise ConfigError(
-                f"The training loss is {float(loss.detach())} at step {self.step + 1}, the norm of its "
-                f"gradient {float(norm)}. Lower learning_rate."
+                f"The training loss is {value} at step {self.step + 1}, the norm of its gradient "
+                f"{length}. Lower learning_rate."
             )
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
         self.average.step(self.model.parameters())
-        self.losses.append(float(loss.detach()))
+        self.losses.append(value)
         self.step += 1
 
     def state(self) -> dict[str, Any]:

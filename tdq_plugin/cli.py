@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tdq_plugin.errors import ConfigError, TDQError
+from tdq_plugin.errors import INSTALL, ConfigError, TDQError
 
 try:
     import typer
@@ -15,7 +15,7 @@ try:
     from rich.table import Table
     from typer.core import TyperGroup
 except ModuleNotFoundError as error:
-    sys.exit(f"The tdq command needs {error.name}. Install it: pip install 'tdq-plugin[recipes]'")
+    sys.exit(f"The tdq command needs {error.name}. {INSTALL.format('recipes')}")
 
 from tdq_plugin.export_cli import export
 from tdq_plugin.study_cli import study
@@ -95,8 +95,7 @@ def run(
         config = chosen.configure(overrides)
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"The recipe {recipe!r} needs {error.name}. "
-            "Install it: pip install 'tdq-plugin[recipes]'"
+            f"The recipe {recipe!r} needs {error.name}. {INSTALL.format('recipes')}"
         ) from None
     if show_config:
         import yaml

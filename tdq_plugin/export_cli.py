@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tdq_plugin.errors import ConfigError
+from tdq_plugin.errors import INSTALL, ConfigError
 
 __all__ = ["export"]
 
@@ -22,7 +22,7 @@ def openvino(
         from diffusers import DDIMScheduler, UNet2DModel
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"The export needs {error.name}. Install it: pip install 'tdq-plugin[diffusers]'."
+            f"The export needs {error.name}. {INSTALL.format('diffusers')}."
         ) from None
     import torch
 

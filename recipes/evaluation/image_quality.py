@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tdq_plugin.errors import ConfigError
+from tdq_plugin.errors import INSTALL, ConfigError
 from tdq_plugin.recipes.digits_classifier import load_classifier
 
 __all__ = [
@@ -43,8 +43,8 @@ def require_features(features: Features) -> None:
     missing = missing_packages(features)
     if missing:
         raise ConfigError(
-            f"evaluation.features = 'inception' needs {' and '.join(missing)}. Install them: "
-            "pip install 'tdq-plugin[inception]', or choose evaluation.features=digits."
+            f"evaluation.features = 'inception' needs {' and '.join(missing)}. "
+            f"{INSTALL.format('inception')}; or choose evaluation.features=digits."
         )
 
 
