@@ -49,6 +49,11 @@ class RecipeConfig(BaseModel):
         """Where the results go."""
         return self.output / self.name
 
+    @property
+    def changeable(self) -> frozenset[str]:
+        """Settings that may change while a run goes on, by dotted key; all others are the run's."""
+        return frozenset({"output"})
+
 
 class Section(BaseModel):
     """A part of a configuration that several recipes share."""

@@ -47,6 +47,11 @@ class PretrainingConfig(RecipeConfig):
     ema_decay: float = Field(gt=0, lt=1)
     checkpoint_every: int = Field(gt=0)
 
+    @property
+    def changeable(self) -> frozenset[str]:
+        """Settings that may change while a run goes on; threads change the last bits."""
+        return super().changeable | {"threads", "checkpoint_every"}
+
 
 class Training:
     """Everything that a checkpoint has to restore."""
@@ -104,7 +109,8 @@ class Training:
         state = load_checkpoint(path)
         if state is None:
             return
-        shown = differences(json.loads(state["config"]), self.config.model_dump(mode="json"))
+        settings = self.config.model_dump(mode="json")
+        shown = differences(json.loads(state["config"]), settings, self.config.changeable)
         if shown:
             raise ConfigError(
                 f"{path} was written with other settings: {shown}. "

@@ -18,7 +18,7 @@ __all__ = ["plan_of"]
 
 def plan_of(recipe: str, config: PTQConfig) -> Plan:
     """Check run folder, framework and model, and say what a run would do."""
-    check_folder(config.run_folder, config.model_dump(mode="json"))
+    check_folder(config.run_folder, config.model_dump(mode="json"), config.changeable)
     torch.set_num_threads(config.threads)
     framework = load_framework(config.adapter)
     learn_rounding = config.learns_rounding(framework)

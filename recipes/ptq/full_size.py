@@ -92,7 +92,7 @@ def begin(config: FullSizePTQConfig) -> FullSizePTQRun:
     with accelerator.main_process_first():
         model = load_model(config).to(accelerator.device)
         images = load_all_images(config.data, model.image_shape)
-        state = RunState(config.run_folder, config.model_dump(mode="json"))
+        state = RunState(config.run_folder, config.model_dump(mode="json"), config.changeable)
     return FullSizePTQRun(config, framework, model, images, accelerator, state)
 
 
@@ -128,7 +128,7 @@ def quantize(run: FullSizePTQRun, data: CalibrationSet) -> MethodStates:
 
 def measure(run: FullSizePTQRun, states: MethodStates) -> SampleRows:
     """Judge the float model and every method by their samples; fake quantization in float32."""
-    rows = SampleRows(run.state.folder / "rows")
+    rows = SampleRows(run.state.folder / "rows", run.config.evaluation)
     missing = rows.missing([FLOAT, *run.config.rows])
     if missing:
         section = run.config.evaluation

@@ -100,8 +100,9 @@ def train_method(comparison: Comparison, name: str, objective: Objective) -> Non
         run.accelerator,
         config.training,
         config.scale_learning_rates[name],
-        config.model_dump(mode="json", exclude={"methods", "output", "evaluation"}),
+        config.model_dump(mode="json", exclude={"methods", "evaluation"}),
         config.seed,
+        config.changeable,
     )
     checkpoint = run.state.folder / "checkpoints" / f"{name}.pt"
     if not training.resume(checkpoint):

@@ -49,6 +49,12 @@ class QATConfig(RecipeConfig):
     trackers: list[Tracker]
 
     @property
+    def changeable(self) -> frozenset[str]:
+        """Settings that may change while a run goes on; threads change the last bits."""
+        reported = {"trackers", "training.log_every", "training.checkpoint_every"}
+        return super().changeable | reported | {"threads"}
+
+    @property
     def widths(self) -> Bits:
         """The bits as numbers."""
         return Bits.parse(self.bits)
@@ -159,6 +165,14 @@ class FullSizeConfig(QATConfig):
         if name not in METHODS:
             raise ValueError(f"is no method; choose from {list(METHODS)}")
         return name
+
+    @property
+    def changeable(self) -> frozenset[str]:
+        """Settings that may change while a run goes on: the evaluation's, too."""
+        evaluation = {f"evaluation.{name}" for name in SampleEvaluationSection.model_fields}
+        if self.objective == "data_free_distillation":
+            evaluation.remove("evaluation.steps")  # Training follows the same sampler.
+        return super().changeable | evaluation
 
     @property
     def widths(self) -> Bits:

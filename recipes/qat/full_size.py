@@ -63,7 +63,7 @@ def prepare_method(
 
 def plan_of(recipe: str, config: FullSizeConfig, model: FloatModel, quantized: nn.Module) -> Plan:
     """Check run folder and data, and say what a run would do."""
-    check_folder(config.run_folder, config.model_dump(mode="json"))
+    check_folder(config.run_folder, config.model_dump(mode="json"), config.changeable)
     training, held_out = load_images(config.data, model.image_shape)
     training[torch.arange(1)]  # Can it be read?
     points = (torch.zeros(2, *model.latent_shape), torch.zeros(2))
@@ -103,8 +103,9 @@ def train_best(
         accelerator,
         config.training,
         config.scale_learning_rate,
-        config.model_dump(mode="json", exclude={"output", "evaluation", "trackers"}),
+        config.model_dump(mode="json"),
         config.seed,
+        config.changeable,
     )
     checkpoint = run.state.folder / "checkpoint.pt"
     if not training.resume(checkpoint):
@@ -213,7 +214,7 @@ def judge_best(
 def _row(
     run: QATRun[FullSizeConfig], name: str, evaluation: SampleEvaluation, denoiser: Denoiser
 ) -> dict[str, Any]:
-    rows = SampleRows(run.state.folder / "rows")
+    rows = SampleRows(run.state.folder / "rows", run.config.evaluation)
     run.accelerator.wait_for_everyone()
     if rows.missing([name]):
         rows.measure(name, denoiser, evaluation)

@@ -59,7 +59,7 @@ def start(config: Config) -> QATRun[Config]:
     )
     with accelerator.main_process_first():
         model = load_float_model(config.model)
-        state = RunState(config.run_folder, settings)
+        state = RunState(config.run_folder, settings, config.changeable)
     return QATRun(config, framework, model.to(accelerator.device), accelerator, state)
 
 

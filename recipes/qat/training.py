@@ -5,7 +5,7 @@ The loop itself is in the recipes. Accelerate runs it on one device or on severa
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -85,6 +85,7 @@ class Training:
         scale_learning_rate: Of the scale bank; zero points learn ten times as fast.
         identity: What a checkpoint belongs to, for example the recipe's configuration.
         seed: Of what the model itself draws: dropout, NIPQ's noise.
+        changeable: Parts of the identity that a restart may change, by dotted key.
 
     Raises:
         ConfigError: The processes cannot share the batch evenly.
@@ -98,9 +99,10 @@ class Training:
         scale_learning_rate: float,
         identity: dict[str, Any],
         seed: int,
+        changeable: Collection[str] = (),
     ) -> None:
         self.model, self.accelerator, self.section, self.seed = model, accelerator, section, seed
-        self.identity = json.dumps(identity, sort_keys=True)
+        self.identity, self.changeable = json.dumps(identity, sort_keys=True), changeable
         self.step = 0
         groups = parameter_groups(model, section, scale_learning_rate)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
@@ -178,8 +180,9 @@ class Training:
         state = load_checkpoint(path, self.accelerator.device)
         if state is None:
             return False
-        if state["identity"] != self.identity:
-            shown = differences(json.loads(state["identity"]), json.loads(self.identity))
+        known, wanted = json.loads(state["identity"]), json.loads(self.identity)
+        shown = differences(known, wanted, self.changeable)
+        if shown:
             raise ConfigError(
                 f"{path} was written with other settings: {shown}. "
                 "Choose another name=..., or remove the folder."

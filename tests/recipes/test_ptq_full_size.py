@@ -95,7 +95,7 @@ def test_a_corrected_model_is_saved_with_its_correction(finished: Path) -> None:
     assert correction.timesteps.tolist() == [0, 500]
     assert correction.offsets.shape == (2, 1, 16, 16)
     assert correction.offsets.any()
-    images = ptq_full_size.SampleRows(finished / "rows").images
+    images = ptq_full_size.SampleRows(finished / "rows", CIFAR.configure(SMALL).evaluation).images
     assert not torch.equal(images("lsq"), images("lsq_corrected"))
     page = (finished / "results.html").read_text(encoding="utf-8")
     assert "<th>static LSQ, corrected</th>" in page
@@ -149,7 +149,7 @@ def test_latents_are_decoded_and_heads_are_set(tiny_latent_pipeline: Path, tmp_p
     assert [row["model"] for row in rows] == ["float32", "lsq", "lsq_corrected"]
     assert all(set(row) == {"model", "frechet_distance"} for row in rows)
     assert len({row["frechet_distance"] for row in rows}) == 3
-    samples = ptq_full_size.SampleRows(folder / "rows").images("lsq")
+    samples = ptq_full_size.SampleRows(folder / "rows", config.evaluation).images("lsq")
     assert samples.shape == (16, 1, 16, 16)
     kept = ptq_full_size.calibration_data(run)
     assert kept.samples.shape[1:] == (2, 8, 8)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -155,6 +156,25 @@ def test_a_restart_repeats_nothing(
     for path in (finished / "weights").glob("*.safetensors"):
         again = load_file(folder / "weights" / path.name)
         assert all(torch.equal(again[name], value) for name, value in load_file(path).items())
+
+
+def test_what_may_change_while_a_run_goes_on(
+    finished: Path, overrides: list[str], tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "one")
+    moved = [*overrides, "name=one", f"output={tmp_path}"]
+    again = [*moved, "threads=2", "evaluation.batch_size=50", "training.log_every=3"]
+    folder = QAT.run(QAT.configure([*again, "training.checkpoint_every=3"]))
+    assert results(folder) == results(finished)
+    assert json.loads((folder / "config.json").read_text())["training"]["log_every"] == 3
+    rows = results(QAT.run(QAT.configure([*moved, "evaluation.seed=7"])))["rows"]
+    for row, before in zip(rows, results(finished)["rows"], strict=True):
+        assert row["model"] == before["model"]
+        assert row["frechet_distance"] != before["frechet_distance"]
+    with pytest.raises(ConfigError, match=r"with other settings: dropout=0\.0, not 0\.5\. "):
+        QAT.run(QAT.configure([*moved, "dropout=0.5"]))
+    free = QAT.configure([*moved, "objective=data_free_distillation"]).changeable
+    assert "evaluation.steps" in QAT.configure(moved).changeable - free
 
 
 def test_a_sampler_with_too_many_steps(overrides: list[str]) -> None:
