@@ -165,7 +165,7 @@ def save_models(run: FullSizePTQRun, states: MethodStates, recipe: str) -> dict[
     config = run.config
     if not is_symmetric(config.weights):
         return {}
-    extra = {"recipe": recipe, "bits": config.bits, "attention_heads": config.attention_heads}
+    extra = {"recipe": recipe, "bits": config.bits}
     return {
         name: save_model(
             run.framework,

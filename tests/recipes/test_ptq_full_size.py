@@ -13,7 +13,8 @@ from diffusers import DDIMScheduler, UNet2DModel
 
 import tdq_plugin as tdq
 from tdq_plugin.deploy import load_int8
-from tdq_plugin.errors import CalibrationError, ConfigError
+from tdq_plugin.errors import CalibrationError, ConfigError, TableMismatchError
+from tdq_plugin.export_cli import architecture
 from tdq_plugin.recipes import correction, find_recipe
 from tdq_plugin.recipes.correction import row_title
 from tdq_plugin.recipes.evaluation.sampling import sample, scheduler_with
@@ -151,6 +152,13 @@ def test_latents_are_decoded_and_heads_are_set(tiny_latent_pipeline: Path, tmp_p
     assert len({row["frechet_distance"] for row in rows}) == 3
     samples = ptq_full_size.SampleRows(folder / "rows", config.evaluation).images("lsq")
     assert samples.shape == (16, 1, 16, 16)
+    saved, example = folder / "models" / "lsq", (torch.zeros(2, 2, 8, 8), torch.zeros(2))
+    of_the_config = UNet2DModel.from_config(UNet2DModel.load_config(saved / "unet"))
+    with pytest.raises(TableMismatchError, match=r"have \[2\] heads, those of the saved model 4"):
+        load_int8(saved / "int8", of_the_config, example)
+    unet = architecture(saved)
+    assert unet.mid_block.attentions[0].heads == 4
+    load_int8(saved / "int8", unet, example)
     kept = ptq_full_size.calibration_data(run)
     assert kept.samples.shape[1:] == (2, 8, 8)
 
