@@ -19,7 +19,9 @@ _DAMAGED = (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError, OSErr
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint, atomically; the one before it stays as `NAME.previous.pt`."""
     with atomic_file(path) as temporary:
-        torch.save(state, temporary)
+        # An open file tells of a full disk; a path gives a RuntimeError without a reason.
+        with temporary.open("wb") as file:
+            torch.save(state, file)
         if path.exists():
             path.replace(previous_checkpoint(path))
 
