@@ -3,7 +3,7 @@
 import os
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, get_args
+from typing import Annotated, Any, Protocol, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
@@ -15,6 +15,7 @@ __all__ = [
     "CONFIG_FOLDER",
     "RecipeConfig",
     "Section",
+    "Seed",
     "filled_in",
     "load_config",
     "other_noise",
@@ -25,6 +26,8 @@ CONFIG_FOLDER = Path(__file__).parent / "configs"
 # Small models that come with the package.
 ASSETS = Path(__file__).parent / "assets"
 MODEL_CONFIG = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+# Steps and places in a batch are added to multiples of it, which must stay below 2**63.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class RecipeConfig(BaseModel):
@@ -41,7 +44,7 @@ class RecipeConfig(BaseModel):
 
     name: str
     output: Path = Path("runs")
-    seed: int = 0
+    seed: Seed = 0
     threads: int = Field(default=2, ge=1)
 
     @property

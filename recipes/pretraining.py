@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from tqdm.auto import tqdm
@@ -25,7 +26,14 @@ from tdq_plugin.recipes.float_model import FloatModel
 from tdq_plugin.recipes.run_state import differences
 from tdq_plugin.study.figures import loss_curve, sample_grid
 
-__all__ = ["PretrainingConfig", "noise_loss", "picture_of_samples", "pretrain", "write_figures"]
+__all__ = [
+    "PretrainingConfig",
+    "arguments_of",
+    "noise_loss",
+    "picture_of_samples",
+    "pretrain",
+    "write_figures",
+]
 
 
 class PretrainingConfig(RecipeConfig):
@@ -51,6 +59,19 @@ class PretrainingConfig(RecipeConfig):
     def changeable(self) -> frozenset[str]:
         """Settings that may change while a run goes on; threads change the last bits."""
         return super().changeable | {"threads", "checkpoint_every"}
+
+
+def arguments_of(network: type[nn.Module]) -> AfterValidator:
+    """A pydantic validator: a dict has arguments of a network, and no others."""
+    known = signature(network).parameters
+
+    def check(values: dict[str, Any]) -> dict[str, Any]:
+        unknown = sorted(values.keys() - known.keys())
+        if unknown:
+            raise ValueError(f"{network.__name__} takes no {unknown}, but {', '.join(known)}")
+        return values
+
+    return AfterValidator(check)
 
 
 class Training:

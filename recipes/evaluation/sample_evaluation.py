@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tdq_plugin.recipes.config import Section
+from tdq_plugin.recipes.config import Section, Seed
 from tdq_plugin.recipes.evaluation.image_quality import Features, SampleQuality
 from tdq_plugin.recipes.evaluation.sampling import Denoiser, sample, scheduler_with
 from tdq_plugin.recipes.float_model import FloatModel
@@ -34,7 +34,7 @@ class SampleEvaluationSection(Section):
     batch_size: int = Field(gt=0)
     features: Features
     with_score: bool = True
-    seed: int
+    seed: Seed
 
 
 class SampleEvaluation:

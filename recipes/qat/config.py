@@ -107,6 +107,14 @@ class ComparisonConfig(QATConfig):
         # Absent if they are wrong themselves, which is said already.
         return section.check(info.data.get("methods", section.methods), "methods")
 
+    @field_validator("scale_history")
+    @classmethod
+    def _within_the_training(cls, steps: list[int], info: ValidationInfo) -> list[int]:
+        training = info.data.get("training")
+        if steps and training is not None and max(steps) > training.iterations:
+            raise ValueError(f"training has only {training.iterations} iterations")
+        return steps
+
     _other_noise = field_validator("evaluation")(other_noise)
 
     @property

@@ -23,10 +23,9 @@ from tdq_plugin.recipes.qat.best_checkpoints import BestCheckpoints
 from tdq_plugin.recipes.qat.config import FullSizeConfig
 from tdq_plugin.recipes.qat.methods import METHODS, apply_method, calibrate_bank, check_methods
 from tdq_plugin.recipes.qat.model import frozen, load_weights
-from tdq_plugin.recipes.qat.stages import QATRun, make_objective, train
+from tdq_plugin.recipes.qat.stages import QATRun, check, make_objective, train
 from tdq_plugin.recipes.qat.training import Training
 from tdq_plugin.recipes.qat.training_log import TrainingLog
-from tdq_plugin.recipes.run_state import check_folder
 from tdq_plugin.recipes.saved_model import save_model
 from tdq_plugin.reconstruct import CalibrationSet, collect_trajectories
 
@@ -63,7 +62,7 @@ def prepare_method(
 
 def plan_of(recipe: str, config: FullSizeConfig, model: FloatModel, quantized: nn.Module) -> Plan:
     """Check run folder and data, and say what a run would do."""
-    check_folder(config.run_folder, config.model_dump(mode="json"), config.changeable)
+    check(config)
     training, held_out = load_images(config.data, model.image_shape)
     training[torch.arange(1)]  # Can it be read?
     points = (torch.zeros(2, *model.latent_shape), torch.zeros(2))

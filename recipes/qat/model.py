@@ -20,7 +20,7 @@ from tdq_plugin.scales import FrozenBank
 if TYPE_CHECKING:
     from tdq_plugin.recipes.qat.config import QATConfig
 
-__all__ = ["copy_weights", "frozen", "load_weights", "save_weights"]
+__all__ = ["copy_weights", "find_weights", "frozen", "load_weights", "save_weights"]
 
 
 @contextmanager
@@ -51,7 +51,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def copy_weights(run: Path, method: str, config: "QATConfig", path: Path) -> None:
-    """Copy what another run has saved of a method.
+    """Copy what another run has saved of a method; errors are those of `find_weights`."""
+    source = find_weights(run, method, config)
+    with atomic_file(path) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def find_weights(run: Path, method: str, config: "QATConfig") -> Path:
+    """Where another run has saved a method's weights.
 
     Raises:
         ConfigError: The run has not trained this method, or with another adapter or other bits.
@@ -68,5 +75,4 @@ def copy_weights(run: Path, method: str, config: "QATConfig", path: Path) -> Non
             raise ConfigError(
                 f"trained = {str(run)!r} is a run with {key}={other[key]}, not {wanted}."
             )
-    with atomic_file(path) as temporary:
-        shutil.copyfile(source, temporary)
+    return source

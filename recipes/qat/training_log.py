@@ -11,9 +11,23 @@ from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_file
 from tdq_plugin.recipes.processes import start_processes
 
-__all__ = ["Tracker", "TrainingLog", "make_accelerator"]
+__all__ = ["Tracker", "TrainingLog", "make_accelerator", "require_trackers"]
 
 Tracker = Literal["tensorboard", "trackio", "wandb"]
+
+
+def require_trackers(trackers: list[Tracker]) -> None:
+    """Check before anything else that the trackers can be used.
+
+    Raises:
+        ConfigError: A tracker's package is missing.
+    """
+    for tracker in trackers:
+        if find_spec(tracker) is None:
+            raise ConfigError(
+                f"trackers = {trackers}: {tracker} is not installed. "
+                f"Install it: pip install {tracker}."
+            )
 
 
 def make_accelerator(
@@ -30,12 +44,7 @@ def make_accelerator(
     Raises:
         ConfigError: A tracker's package is missing.
     """
-    for tracker in trackers:
-        if find_spec(tracker) is None:
-            raise ConfigError(
-                f"trackers = {trackers}: {tracker} is not installed. "
-                f"Install it: pip install {tracker}."
-            )
+    require_trackers(trackers)
     accelerator = start_processes(
         mixed_precision=mixed_precision,
         log_with=list(trackers) or None,

@@ -169,6 +169,7 @@ def test_an_autoencoder_that_is_not_there(tmp_path: Path) -> None:
     [
         (PIXELS, "iterations=0", r"^iterations = 0: Input should be greater than 0"),
         (PIXELS, "ema_decay=1", r"^ema_decay = 1: Input should be less than 1"),
+        (PIXELS, "unet.norm_groups=3", r"^unet = .*: UNet2DModel takes no \['norm_groups'\], but"),
         (PIXELS, "unet=3", r"^unet = 3: Input should be a valid dictionary"),
         (AUTOENCODER, "kl_weight=-1", r"^kl_weight = -1: Input should be greater than or equal"),
         (LATENTS, "kl_weight=1", r"^Unknown key 'kl_weight'. Known keys: autoencoder, batch_si"),
