@@ -3,7 +3,7 @@
 import os
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, get_args
+from typing import Annotated, Any, Protocol, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
@@ -15,6 +15,7 @@ __all__ = [
     "CONFIG_FOLDER",
     "RecipeConfig",
     "Section",
+    "Seed",
     "filled_in",
     "load_config",
     "other_noise",
@@ -24,6 +25,9 @@ __all__ = [
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 # Small models that come with the package.
 ASSETS = Path(__file__).parent / "assets"
+MODEL_CONFIG = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+# Steps and places in a batch are added to multiples of it, which must stay below 2**63.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class RecipeConfig(BaseModel):
@@ -36,11 +40,11 @@ class RecipeConfig(BaseModel):
         threads: Number of CPU threads that torch uses.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = MODEL_CONFIG
 
     name: str
     output: Path = Path("runs")
-    seed: int = 0
+    seed: Seed = 0
     threads: int = Field(default=2, ge=1)
 
     @property
@@ -48,11 +52,16 @@ class RecipeConfig(BaseModel):
         """Where the results go."""
         return self.output / self.name
 
+    @property
+    def changeable(self) -> frozenset[str]:
+        """Settings that may change while a run goes on, by dotted key; all others are the run's."""
+        return frozenset({"output"})
+
 
 class Section(BaseModel):
     """A part of a configuration that several recipes share."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = MODEL_CONFIG
 
 
 class _Seeded(Protocol):

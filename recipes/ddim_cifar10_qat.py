@@ -56,6 +56,6 @@ def run(config: CifarQATConfig) -> Path:
     quantized = prepare_method(config, run.framework, run.model, batch)
     best = BestCheckpoints(run.state.folder / "weights", config.validation.keep)
     train_best(run, quantized, images, held_out, best)
-    judge_best(RECIPE, run, quantized, images, best)
+    judge_best(RECIPE, run, quantized, best)
     run.accelerator.end_training()
     return run.state.folder

@@ -1,7 +1,7 @@
 """Train the small DDIM of the demo: a diffusers UNet2DModel on 16x16 MNIST digits."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
@@ -12,6 +12,7 @@ from tdq_plugin.recipes.digits import load_digits
 from tdq_plugin.recipes.float_model import FloatModel
 from tdq_plugin.recipes.pretraining import (
     PretrainingConfig,
+    arguments_of,
     noise_loss,
     picture_of_samples,
     pretrain,
@@ -28,7 +29,7 @@ class PretrainConfig(PretrainingConfig):
         unet: Arguments of `diffusers.UNet2DModel`.
     """
 
-    unet: dict[str, Any]
+    unet: Annotated[dict[str, Any], arguments_of(UNet2DModel)]
 
 
 def run(config: PretrainConfig) -> Path:

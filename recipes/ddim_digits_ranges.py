@@ -58,7 +58,7 @@ class RangesConfig(RecipeConfig):
 def run(config: RangesConfig) -> Path:
     """Measure, write `report.json`, print the summary; return the folder."""
     torch.set_num_threads(config.threads)
-    state = RunState(config.run_folder, config.model_dump(mode="json"))
+    state = RunState(config.run_folder, config.model_dump(mode="json"), config.changeable)
     model = load_float_model(config.model)
     points = collect(config.calibration.of_the_sampler(), model, config.steps, config.seed)
     quantized = load_framework("torch_ao").prepare(model.unet, points, Bits.parse(config.bits))

@@ -14,7 +14,13 @@ from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes.evaluation.sampling import image_shape
 from tdq_plugin.recipes.plan import parameter_bytes
 
-__all__ = ["FloatModel", "load_float_model", "set_attention_heads", "set_dropout"]
+__all__ = [
+    "FloatModel",
+    "attention_heads",
+    "load_float_model",
+    "set_attention_heads",
+    "set_dropout",
+]
 
 
 @dataclass(frozen=True)
@@ -158,6 +164,12 @@ def set_dropout(unet: UNet2DModel, probability: float) -> None:
     for module in unet.modules():
         if isinstance(module, ResnetBlock2D):
             module.dropout.p = probability
+
+
+def attention_heads(unet: UNet2DModel) -> int | None:
+    """The number of heads that all attentions have; None if they have other numbers, or none."""
+    heads = {module.heads for module in unet.modules() if isinstance(module, Attention)}
+    return heads.pop() if len(heads) == 1 else None
 
 
 def set_attention_heads(unet: UNet2DModel, heads: int) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from tdq_plugin.errors import ConfigError
+from tdq_plugin.errors import INSTALL, ConfigError
 from tdq_plugin.recipes.config import Section
 from tdq_plugin.recipes.digits import load_digits
 
@@ -146,7 +146,7 @@ def _hub(section: ImageSection, shape: tuple[int, int, int]) -> Source:
     if find_spec("datasets") is None:
         raise ConfigError(
             f"data.location = {section.location!r} is on the hub, and the package datasets is "
-            "missing. Install it: pip install 'tdq-plugin[hub]'."
+            f"missing. {INSTALL.format('hub')}."
         )
     from datasets import load_dataset
 

@@ -1,7 +1,7 @@
 """Train the autoencoder of the latent digits model: a small diffusers AutoencoderKL."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -11,7 +11,7 @@ from torch.nn.functional import mse_loss
 
 from tdq_plugin.files import atomic_folder
 from tdq_plugin.recipes.digits import load_digits
-from tdq_plugin.recipes.pretraining import PretrainingConfig, pretrain, write_figures
+from tdq_plugin.recipes.pretraining import PretrainingConfig, arguments_of, pretrain, write_figures
 from tdq_plugin.study.figures import sample_grid
 
 __all__ = ["AutoencoderConfig", "run"]
@@ -27,7 +27,7 @@ class AutoencoderConfig(PretrainingConfig):
     """
 
     kl_weight: float = Field(ge=0)
-    autoencoder: dict[str, Any]
+    autoencoder: Annotated[dict[str, Any], arguments_of(AutoencoderKL)]
 
 
 def run(config: AutoencoderConfig) -> Path:

@@ -1,7 +1,7 @@
 """Train the small latent diffusion model: a UNet2DModel on the latents of 32x32 MNIST digits."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline, UNet2DModel
@@ -14,6 +14,7 @@ from tdq_plugin.recipes.digits import load_digits
 from tdq_plugin.recipes.float_model import FloatModel
 from tdq_plugin.recipes.pretraining import (
     PretrainingConfig,
+    arguments_of,
     noise_loss,
     picture_of_samples,
     pretrain,
@@ -35,7 +36,7 @@ class LatentPretrainConfig(PretrainingConfig):
     """
 
     autoencoder: Path = AUTOENCODER
-    unet: dict[str, Any]
+    unet: Annotated[dict[str, Any], arguments_of(UNet2DModel)]
 
 
 def run(config: LatentPretrainConfig) -> Path:

@@ -1,7 +1,9 @@
 """Train a float network from scratch: one loop with checkpoints, for all pretraining recipes."""
 
 import json
+import math
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -10,20 +12,28 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from tqdm.auto import tqdm
 
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_file
+from tdq_plugin.recipes.checkpoints import load_checkpoint, save_checkpoint
 from tdq_plugin.recipes.config import RecipeConfig
 from tdq_plugin.recipes.evaluation.sampling import sample, scheduler_with
 from tdq_plugin.recipes.float_model import FloatModel
 from tdq_plugin.recipes.run_state import differences
 from tdq_plugin.study.figures import loss_curve, sample_grid
 
-__all__ = ["PretrainingConfig", "noise_loss", "picture_of_samples", "pretrain", "write_figures"]
+__all__ = [
+    "PretrainingConfig",
+    "arguments_of",
+    "noise_loss",
+    "picture_of_samples",
+    "pretrain",
+    "write_figures",
+]
 
 
 class PretrainingConfig(RecipeConfig):
@@ -45,6 +55,24 @@ class PretrainingConfig(RecipeConfig):
     ema_decay: float = Field(gt=0, lt=1)
     checkpoint_every: int = Field(gt=0)
 
+    @property
+    def changeable(self) -> frozenset[str]:
+        """Settings that may change while a run goes on; threads change the last bits."""
+        return super().changeable | {"threads", "checkpoint_every"}
+
+
+def arguments_of(network: type[nn.Module]) -> AfterValidator:
+    """A pydantic validator: a dict has arguments of a network, and no others."""
+    known = signature(network).parameters
+
+    def check(values: dict[str, Any]) -> dict[str, Any]:
+        unknown = sorted(values.keys() - known.keys())
+        if unknown:
+            raise ValueError(f"{network.__name__} takes no {unknown}, but {', '.join(known)}")
+        return values
+
+    return AfterValidator(check)
+
 
 class Training:
     """Everything that a checkpoint has to restore."""
@@ -62,16 +90,26 @@ class Training:
         self.losses: list[float] = []
 
     def advance(self, loss_of: Callable[[torch.Generator], Tensor]) -> None:
-        """One optimizer step. Every draw is a function of (seed, step), so a restart is exact."""
+        """One optimizer step. Every draw is a function of (seed, step), so a restart is exact.
+
+        Raises:
+            ConfigError: The loss or its gradient is not finite.
+        """
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
         loss = loss_of(generator)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        value, length = float(loss.detach()), float(norm)
+        if not math.isfinite(value + length):
+            raise ConfigError(
+                f"The training loss is {value} at step {self.step + 1}, the norm of its gradient "
+                f"{length}. Lower learning_rate."
+            )
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
         self.average.step(self.model.parameters())
-        self.losses.append(float(loss.detach()))
+        self.losses.append(value)
         self.step += 1
 
     def state(self) -> dict[str, Any]:
@@ -86,12 +124,14 @@ class Training:
         }
 
     def save(self, path: Path) -> None:
-        with atomic_file(path) as temporary:
-            torch.save(self.state(), temporary)
+        save_checkpoint(path, self.state())
 
     def load(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True)
-        shown = differences(json.loads(state["config"]), self.config.model_dump(mode="json"))
+        state = load_checkpoint(path)
+        if state is None:
+            return
+        settings = self.config.model_dump(mode="json")
+        shown = differences(json.loads(state["config"]), settings, self.config.changeable)
         if shown:
             raise ConfigError(
                 f"{path} was written with other settings: {shown}. "
@@ -118,12 +158,12 @@ def pretrain(
         The loss of every step.
 
     Raises:
-        ConfigError: The checkpoint was written with other settings.
+        ConfigError: The checkpoint was written with other settings or is damaged, or the loss is
+            not finite.
     """
     checkpoint = config.run_folder / "checkpoint.pt"
     training = Training(config, model)
-    if checkpoint.exists():
-        training.load(checkpoint)
+    training.load(checkpoint)
     progress = tqdm(total=config.iterations, initial=training.step, desc="pretrain", mininterval=10)
     while training.step < config.iterations:
         training.advance(loss_of)

@@ -1,6 +1,7 @@
 """What a run has finished so far, on disk, so that a restart goes on from there."""
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_file
 from tdq_plugin.recipes.evaluation.denoiser import Result
 
-__all__ = ["RunState", "check_folder", "check_same_settings", "differences"]
+__all__ = ["RunState", "check_folder", "check_same_settings", "differences", "read_settings"]
 
 
 class RunState:
@@ -19,17 +20,21 @@ class RunState:
 
     Args:
         folder: The run's folder.
-        config: The run's configuration; a folder belongs to one configuration.
+        config: The run's configuration; a folder belongs to one run.
+        changeable: Settings that may differ from those that the run began with, by dotted key.
 
     Raises:
-        ConfigError: The folder holds a run with another configuration.
+        ConfigError: The folder holds a run with other settings.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, config: dict[str, Any], changeable: Collection[str] = ()
+    ) -> None:
         self.folder = folder
-        check_folder(folder, config)
-        if not (folder / "config.json").exists():
-            _write(folder / "config.json", config)
+        check_folder(folder, config, changeable)
+        path = folder / "config.json"
+        if not path.exists() or differences(read_settings(path), config):
+            _write(path, config)
 
     def table_path(self, method: str) -> Path:
         """Where a method's scale table is."""
@@ -66,37 +71,59 @@ class RunState:
         return self.folder / "rows" / f"{method}.{execution}.json"
 
 
-def check_folder(folder: Path, config: dict[str, Any]) -> None:
-    """See that a run's folder holds no other run.
+def check_folder(folder: Path, config: dict[str, Any], changeable: Collection[str] = ()) -> None:
+    """See that a run's folder holds no other run; `changeable` settings may differ.
 
     Raises:
         ConfigError: It does.
     """
     path = folder / "config.json"
     if path.exists():
-        check_same_settings(path, config, "Choose another name=..., or remove the folder.")
+        remedy = "Choose another name=..., or remove the folder."
+        check_same_settings(path, config, remedy, changeable)
 
 
-def check_same_settings(path: Path, config: dict[str, Any], remedy: str) -> None:
-    """See that a run's `config.json` holds a configuration.
+def check_same_settings(
+    path: Path, config: dict[str, Any], remedy: str, changeable: Collection[str] = ()
+) -> None:
+    """See that a run's `config.json` holds a configuration; `changeable` settings may differ.
 
     Raises:
         ConfigError: It holds another one; the message names every setting that differs.
     """
-    shown = differences(json.loads(path.read_text()), json.loads(json.dumps(config)))
+    shown = differences(read_settings(path), config, changeable)
     if shown:
         raise ConfigError(f"{path.parent} holds a run with other settings: {shown}. {remedy}")
 
 
-def differences(known: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """Every setting that differs, by its dotted key.
+def read_settings(path: Path) -> dict[str, Any]:
+    """The content of a run's `config.json`.
+
+    Raises:
+        ConfigError: It is damaged.
+    """
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is damaged: {error}. If the run had the settings of this command, remove the "
+            "file; otherwise remove the folder."
+        ) from error
+    return settings
+
+
+def differences(
+    known: dict[str, Any], wanted: dict[str, Any], changeable: Collection[str] = ()
+) -> str:
+    """Every setting that differs, by its dotted key, but for `changeable` ones.
 
     Example:
         >>> differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}})
         'a.c=2, not 3'
     """
-    known, wanted = _by_dotted_key(known), _by_dotted_key(wanted)
-    keys = sorted(key for key in known.keys() | wanted.keys() if known.get(key) != wanted.get(key))
+    known, wanted = _by_dotted_key(known), _by_dotted_key(json.loads(json.dumps(wanted)))
+    keys = sorted((known.keys() | wanted.keys()) - set(changeable))
+    keys = [key for key in keys if known.get(key) != wanted.get(key)]
     return ", ".join(f"{key}={known.get(key)!r}, not {wanted.get(key)!r}" for key in keys)
 
 

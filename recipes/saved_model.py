@@ -10,6 +10,7 @@ from torch import nn
 import tdq_plugin as tdq
 from tdq_plugin.files import atomic_folder
 from tdq_plugin.freeze import evaluate_table
+from tdq_plugin.recipes.float_model import attention_heads
 from tdq_plugin.recipes.frameworks import Framework
 from tdq_plugin.recipes.plan import parameter_bytes
 from tdq_plugin.study.schema import SizeBytes
@@ -36,14 +37,15 @@ def save_model(
         folder: Where to.
         unet: The float model.
         scheduler: The sampler, its timesteps set.
-        extra: Noted in the file.
+        extra: Noted in the file, beside the heads of the attentions, which `unet` cannot hold.
         correction: The model's output correction, to be saved with it.
     """
     tdq.load_scales(model.eval(), evaluate_table(tdq.scale_bank(model), scheduler))
     with atomic_folder(folder) as temporary:
         unet.save_config(temporary / "unet")
         scheduler.save_config(temporary / "scheduler")
-        framework.save(model.cpu(), temporary / "int8", extra)
+        noted = {**extra, "attention_heads": attention_heads(unet)}
+        framework.save(model.cpu(), temporary / "int8", noted)
         if correction is not None:
             shutil.copy(correction, temporary / "output_correction.safetensors")
     return {"float32": parameter_bytes(unet), "int8": _folder_bytes(folder)}

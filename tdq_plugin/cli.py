@@ -1,5 +1,6 @@
 """The `tdq` command. It imports torch only in the verbs that need it."""
 
+import errno
 import logging
 import platform
 import sys
@@ -7,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tdq_plugin.errors import ConfigError, TDQError
+from tdq_plugin.errors import INSTALL, ConfigError, TDQError
 
 try:
     import typer
@@ -15,12 +16,14 @@ try:
     from rich.table import Table
     from typer.core import TyperGroup
 except ModuleNotFoundError as error:
-    sys.exit(f"The tdq command needs {error.name}. Install it: pip install 'tdq-plugin[recipes]'")
+    sys.exit(f"The tdq command needs {error.name}. {INSTALL.format('recipes')}")
 
 from tdq_plugin.export_cli import export
 from tdq_plugin.study_cli import study
 
 if TYPE_CHECKING:
+    from tdq_plugin.recipes import Recipe
+    from tdq_plugin.recipes.config import RecipeConfig
     from tdq_plugin.table import ScaleTable
 
 __all__ = ["app", "main"]
@@ -35,16 +38,21 @@ FRAMEWORKS = ("torch", "torchao", "brevitas", "nncf", "diffusers", "onnxruntime"
 
 
 class _Commands(TyperGroup):
-    """Prints an error of this package as a message, without a traceback."""
+    """Prints an error of this package, or of a file or disk, as a message without a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         for name in TORCHAO_LOGGERS:
             logging.getLogger(name).setLevel(logging.ERROR)
         try:
             return super().invoke(ctx)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # The reader of a pipe has gone; click knows what to do.
+            shown: Exception = error
         except TDQError as error:
-            _console(stderr=True).print("error:", str(error), style="red", markup=False)
-            raise typer.Exit(1) from None
+            shown = error
+        _console(stderr=True).print("error:", str(shown), style="red", markup=False)
+        raise typer.Exit(1)
 
 
 app = typer.Typer(
@@ -95,8 +103,7 @@ def run(
         config = chosen.configure(overrides)
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"The recipe {recipe!r} needs {error.name}. "
-            "Install it: pip install 'tdq-plugin[recipes]'"
+            f"The recipe {recipe!r} needs {error.name}. {INSTALL.format('recipes')}"
         ) from None
     if show_config:
         import yaml
@@ -105,7 +112,7 @@ def run(
     elif dry_run:
         typer.echo(chosen.plan(config))
     else:
-        typer.echo(f"Results are in {chosen.run(config)}")
+        typer.echo(f"Results are in {_run(chosen, config)}")
 
 
 @app.command()
@@ -145,6 +152,16 @@ def doctor() -> None:
         else "int8: this CPU has no VNNI. OpenVINO's, onnxruntime's and Inductor's layers with 8 "
         "bits on both sides can be wrong here, see docs/openvino.md; lower_to_int8 is exact."
     )
+
+
+def _run(recipe: "Recipe", config: "RecipeConfig") -> Path:
+    try:
+        return recipe.run(config)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            # A full disk does not say where it is.
+            error.filename = str(config.run_folder)
+        raise
 
 
 def _summary(table: "ScaleTable") -> Table:

@@ -1,13 +1,16 @@
 """`tdq export`: a saved model for other runtimes."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tdq_plugin.errors import ConfigError
+from tdq_plugin.errors import INSTALL, ConfigError
 
-__all__ = ["export"]
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
+
+__all__ = ["architecture", "export"]
 
 export = typer.Typer(help="Convert a saved model for another runtime.", no_args_is_help=True)
 
@@ -19,19 +22,18 @@ def openvino(
 ) -> None:
     """Write an int8 UNet for OpenVINO, with its scheduler."""
     try:
-        from diffusers import DDIMScheduler, UNet2DModel
+        from diffusers import DDIMScheduler
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"The export needs {error.name}. Install it: pip install 'tdq-plugin[diffusers]'."
+            f"The export needs {error.name}. {INSTALL.format('diffusers')}."
         ) from None
     import torch
 
     from tdq_plugin.deploy.openvino import OVDenoiser, to_openvino
-    from tdq_plugin.deploy.package import load_int8, read_description
+    from tdq_plugin.deploy.package import load_int8
     from tdq_plugin.files import atomic_folder
 
-    read_description(model / "int8")
-    unet = UNet2DModel.from_config(UNet2DModel.load_config(model / "unet"))
+    unet = architecture(model)
     size = unet.config.sample_size
     example = torch.zeros(2, unet.config.in_channels, size, size), torch.zeros(2)
     converted = to_openvino(load_int8(model / "int8", unet, example), example)
@@ -40,3 +42,24 @@ def openvino(
         DDIMScheduler.from_pretrained(model / "scheduler").save_pretrained(temporary / "scheduler")
     typer.echo(converted.report)
     typer.echo(f"The model is in {folder}")
+
+
+def architecture(model: Path) -> "UNet2DModel":
+    """The float UNet of a recipe's saved model, with random weights, as `load_int8` takes it.
+
+    Args:
+        model: The folder `model` of a recipe's results.
+
+    Raises:
+        TableFormatError: It is no such folder.
+    """
+    from diffusers import UNet2DModel
+
+    from tdq_plugin.deploy.package import read_description
+    from tdq_plugin.recipes.float_model import set_attention_heads
+
+    heads = read_description(model / "int8").get("extra", {}).get("attention_heads")
+    unet: UNet2DModel = UNet2DModel.from_config(UNet2DModel.load_config(model / "unet"))
+    if heads is not None:
+        set_attention_heads(unet, heads)
+    return unet

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tdq_plugin.errors import ConfigError
+from tdq_plugin.errors import INSTALL, ConfigError
 
 __all__ = ["study"]
 
@@ -37,9 +37,7 @@ def study(
         from tdq_plugin.recipes.config import require_writable
         from tdq_plugin.studies.conduct import Study
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"A study needs {error.name}. Install it: pip install 'tdq-plugin[recipes]'."
-        ) from None
+        raise ConfigError(f"A study needs {error.name}. {INSTALL.format('recipes')}.") from None
     quick = f"-{samples}samples" if samples else ""
     folder = output or Path("runs") / f"study-{Path(name).stem}{quick}"
     chosen = Study(name, folder, samples, results)

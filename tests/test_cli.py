@@ -1,5 +1,6 @@
 """The `tdq` command, as a user types it."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,21 @@ def test_a_mistake_is_one_message_without_traceback(arguments: list[str], messag
     assert message in result.stderr
     assert "Traceback" not in result.output
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize("where", ["elsewhere/file", None])
+def test_a_full_disk_is_one_message(
+    where: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", where)
+
+    monkeypatch.setattr("tdq_plugin.recipes.digits_classifier._save", fail)
+    small = ["epochs=1", "batch_size=4500", f"output={tmp_path}"]
+    result = tdq("run", "digits-classifier", *small)
+    assert result.exit_code == 1
+    path = where or tmp_path / "digits-classifier"
+    assert result.stderr.splitlines()[-1] == f"error: [Errno 28] No space left on device: '{path}'"
 
 
 def test_inspect_shows_each_quantizer(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What is declared in pyproject.toml is what is in the repository."""
 
+import re
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -35,6 +36,18 @@ def test_every_package_is_listed() -> None:
 @pytest.mark.parametrize("package", SETUPTOOLS["packages"])
 def test_every_listed_package_exists(package: str) -> None:
     assert (folder_of(package) / "__init__.py").is_file()
+
+
+def test_extras_are_installed_from_a_checkout() -> None:
+    """The package is not on PyPI; `INSTALL` and the documentation say what works."""
+    for folder, pattern in (("docs", "*.md"), ("recipes", "*.py"), ("tdq_plugin", "*cli.py")):
+        for path in (ROOT / folder).rglob(pattern):
+            text = path.read_text(encoding="utf-8")
+            assert "tdq-plugin[" not in text, path
+            extras = re.findall(r"(?:INSTALL\.format\('|-e '\.\[)([\w,-]+)['\]]", text)
+            assert set(",".join(extras).split(",")) - {""} <= set(
+                PROJECT["project"]["optional-dependencies"]
+            ), path
 
 
 def test_data_files_are_listed() -> None:

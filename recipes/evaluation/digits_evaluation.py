@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tdq_plugin.recipes.config import Section
+from tdq_plugin.recipes.config import Section, Seed
 from tdq_plugin.recipes.digits import load_digits
 from tdq_plugin.recipes.digits_classifier import load_classifier
 from tdq_plugin.recipes.evaluation.denoiser import Evaluator
@@ -23,7 +23,7 @@ class EvaluationSection(Section):
 
     samples: int = Field(ge=100)
     trajectories: int = Field(gt=0)
-    seed: int
+    seed: Seed
 
 
 def make_evaluator(

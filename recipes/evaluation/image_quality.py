@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tdq_plugin.errors import ConfigError
+from tdq_plugin.errors import INSTALL, ConfigError
 from tdq_plugin.recipes.digits_classifier import load_classifier
 
 __all__ = [
@@ -24,6 +24,8 @@ FEATURE_SPACES = {
     "digits": "digit classifier of recipes/assets/digits-classifier, 64 features: not the FID and "
     "IS of papers",
 }
+# Logits of an image.
+_CLASSES = {"inception": 1008, "digits": 10}
 
 
 def missing_packages(features: Features) -> list[str]:
@@ -41,8 +43,8 @@ def require_features(features: Features) -> None:
     missing = missing_packages(features)
     if missing:
         raise ConfigError(
-            f"evaluation.features = 'inception' needs {' and '.join(missing)}. Install them: "
-            "pip install 'tdq-plugin[inception]', or choose evaluation.features=digits."
+            f"evaluation.features = 'inception' needs {' and '.join(missing)}. "
+            f"{INSTALL.format('inception')}; or choose evaluation.features=digits."
         )
 
 
@@ -71,6 +73,7 @@ class SampleQuality:
         distance = FrechetInceptionDistance(of_distance, reset_real_features=False)
         self.distance = distance.to(device)
         self.score = InceptionScore(of_score).to(device) if with_score else None
+        self._no_logits = torch.empty(0, _CLASSES[features], device=device)
         self.device = device
 
     def add_real(self, images: Tensor) -> None:
@@ -89,6 +92,8 @@ class SampleQuality:
         metrics = {"frechet_distance": float(self.distance.compute())}
         self.distance.reset()
         if self.score is not None:
+            # One tensor, as processes gather tensor by tensor and must have equally many.
+            self.score.features = [torch.cat([self._no_logits, *self.score.features])]
             torch.manual_seed(0)  # The score is the mean over ten random parts.
             mean, deviation = self.score.compute()
             metrics["inception_score"] = float(mean)

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tdq_plugin.recipes.config import Section
+from tdq_plugin.recipes.config import Section, Seed
 from tdq_plugin.recipes.evaluation.image_quality import Features, SampleQuality
 from tdq_plugin.recipes.evaluation.sampling import Denoiser, sample, scheduler_with
 from tdq_plugin.recipes.float_model import FloatModel
@@ -34,7 +34,7 @@ class SampleEvaluationSection(Section):
     batch_size: int = Field(gt=0)
     features: Features
     with_score: bool = True
-    seed: int
+    seed: Seed
 
 
 class SampleEvaluation:
@@ -71,9 +71,11 @@ class SampleEvaluation:
         return self.quality.compute()
 
     def _noise(self, numbers: Tensor) -> Tensor:
-        seed = self.section.seed * 1_000_003 + int(numbers[0])
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(len(numbers), *self.model.latent_shape, generator=generator)
+        # Of each image by itself, so that it depends on no batch.
+        first, shape = self.section.seed * 1_000_003, self.model.latent_shape
+        seeds = [first + number for number in numbers.tolist()]
+        generator = torch.Generator()
+        return torch.stack([torch.randn(shape, generator=generator.manual_seed(s)) for s in seeds])
 
     def _shared(self, count: int, title: str) -> Iterator[Tensor]:
         """Batches of numbers below `count`, dealt out to the processes."""

@@ -1,5 +1,6 @@
 """Rows of a full-size recipe's result: each model is judged once, and its row is kept."""
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tdq_plugin.files import atomic_file
-from tdq_plugin.recipes.evaluation.sample_evaluation import SampleEvaluation
+from tdq_plugin.recipes.evaluation.sample_evaluation import (
+    SampleEvaluation,
+    SampleEvaluationSection,
+)
 from tdq_plugin.recipes.evaluation.sampling import Denoiser, sample
 
 __all__ = ["SampleRows"]
@@ -22,10 +26,13 @@ class SampleRows:
 
     Args:
         folder: Where rows are kept.
+        section: How models are judged; rows of another evaluation stay apart.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, section: SampleEvaluationSection) -> None:
         self.folder = folder
+        decisive = section.model_dump_json(exclude={"batch_size"})
+        self._evaluation = hashlib.sha256(decisive.encode()).hexdigest()[:8]
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Those models that have no row yet."""
@@ -52,7 +59,7 @@ class SampleRows:
         return load_file(self._path(name).with_suffix(".safetensors"))["images"]
 
     def _path(self, name: str) -> Path:
-        return self.folder / f"{name}.json"
+        return self.folder / f"{name}-{self._evaluation}.json"
 
 
 def _a_few(denoiser: Denoiser, evaluation: SampleEvaluation) -> Tensor:

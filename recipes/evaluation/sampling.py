@@ -8,6 +8,8 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from torch import Tensor
 
+from tdq_plugin.errors import ConfigError
+
 __all__ = [
     "Denoiser",
     "Trajectories",
@@ -43,7 +45,17 @@ def image_shape(model: UNet2DModel) -> tuple[int, int, int]:
 
 
 def scheduler_with(scheduler: DDIMScheduler, steps: int, offset: int = 0) -> DDIMScheduler:
-    """A copy of the scheduler with `steps` timesteps, each `offset` later than usual."""
+    """A copy of the scheduler with `steps` timesteps, each `offset` later than usual.
+
+    Raises:
+        ConfigError: Its diffusion process has fewer.
+    """
+    most = scheduler.config.num_train_timesteps
+    if steps > most:
+        raise ConfigError(
+            f"The sampler cannot have steps = {steps}: the model's diffusion process has {most} "
+            f"timesteps. Set steps (evaluation.steps in full-size recipes) to {most} or less."
+        )
     later = scheduler.config.steps_offset + offset
     copy = DDIMScheduler.from_config(scheduler.config, steps_offset=later)
     copy.set_timesteps(steps)

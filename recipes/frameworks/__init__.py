@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 from diffusers import UNet2DModel
 from torch import nn
 
-from tdq_plugin.errors import ConfigError
+from tdq_plugin.errors import INSTALL, ConfigError
 from tdq_plugin.recipes.bits import Bits
 from tdq_plugin.recipes.evaluation.sampling import Denoiser
 from tdq_plugin.reconstruct import CalibrationSet
@@ -75,8 +75,7 @@ def load_framework(name: FrameworkName) -> Framework:
         module = import_module(f"{__name__}.{name}")
     except ImportError as error:
         raise ConfigError(
-            f"adapter = {name!r} is not available: {error}. "
-            f"Install it: pip install 'tdq-plugin[{_EXTRAS[name]}]'."
+            f"adapter = {name!r} is not available: {error}. {INSTALL.format(_EXTRAS[name])}."
         ) from error
     framework: Framework = module.FRAMEWORK
     return framework

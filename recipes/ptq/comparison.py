@@ -53,7 +53,7 @@ def begin(config: PTQConfig) -> ComparisonRun:
     framework = load_framework(config.adapter)
     config.learns_rounding(framework)
     model = load_float_model(config.model)
-    state = RunState(config.run_folder, config.model_dump(mode="json"))
+    state = RunState(config.run_folder, config.model_dump(mode="json"), config.changeable)
     evaluator = make_evaluator(
         config.evaluation, config.steps, model, config.model, config.output / "float-images"
     )

@@ -4,6 +4,7 @@ import torch
 
 import tdq_plugin as tdq
 from tdq_plugin.recipes.calibration import placeholder
+from tdq_plugin.recipes.evaluation.sampling import scheduler_with
 from tdq_plugin.recipes.float_model import load_float_model
 from tdq_plugin.recipes.frameworks import load_framework
 from tdq_plugin.recipes.plan import Plan
@@ -17,11 +18,12 @@ __all__ = ["plan_of"]
 
 def plan_of(recipe: str, config: PTQConfig) -> Plan:
     """Check run folder, framework and model, and say what a run would do."""
-    check_folder(config.run_folder, config.model_dump(mode="json"))
+    check_folder(config.run_folder, config.model_dump(mode="json"), config.changeable)
     torch.set_num_threads(config.threads)
     framework = load_framework(config.adapter)
     learn_rounding = config.learns_rounding(framework)
     model = load_float_model(config.model)
+    scheduler_with(model.scheduler, config.steps)
     samples = calibration_samples(config.calibration, config.steps, model.latent_shape)
     points = placeholder(model)
     quantized = framework.prepare(model.unet, points, config.widths)

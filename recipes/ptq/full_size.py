@@ -1,10 +1,9 @@
 """Stages of the full-size PTQ recipes: how a run starts, its scales, and its rows."""
 
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +17,7 @@ from tdq_plugin.recipes.evaluation.sampling import Denoiser, scheduler_with
 from tdq_plugin.recipes.float_model import FloatModel, load_float_model, set_attention_heads
 from tdq_plugin.recipes.frameworks import Framework, load_framework
 from tdq_plugin.recipes.image_data import Images, load_all_images
+from tdq_plugin.recipes.processes import start_processes
 from tdq_plugin.recipes.ptq.full_size_config import FullSizePTQConfig
 from tdq_plugin.recipes.ptq.method_states import MethodStates
 from tdq_plugin.recipes.ptq.methods import METHODS
@@ -69,8 +69,13 @@ class FullSizePTQRun:
 
 
 def load_model(config: FullSizePTQConfig) -> FloatModel:
-    """The float model."""
+    """The float model.
+
+    Raises:
+        ConfigError: There is none, or the configuration does not fit it.
+    """
     model = load_float_model(config.model)
+    scheduler_with(model.scheduler, config.evaluation.steps)
     if config.attention_heads is not None:
         set_attention_heads(model.unet, config.attention_heads)
     return model
@@ -83,13 +88,11 @@ def begin(config: FullSizePTQConfig) -> FullSizePTQRun:
     require_features(config.evaluation.features)
     framework = load_framework(config.adapter)
     check_weights(config.weights, framework, config.adapter)
-    # The processes wait for the one that trains.
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
+    accelerator = start_processes()
     with accelerator.main_process_first():
         model = load_model(config).to(accelerator.device)
         images = load_all_images(config.data, model.image_shape)
-        state = RunState(config.run_folder, config.model_dump(mode="json"))
+        state = RunState(config.run_folder, config.model_dump(mode="json"), config.changeable)
     return FullSizePTQRun(config, framework, model, images, accelerator, state)
 
 
@@ -125,7 +128,7 @@ def quantize(run: FullSizePTQRun, data: CalibrationSet) -> MethodStates:
 
 def measure(run: FullSizePTQRun, states: MethodStates) -> SampleRows:
     """Judge the float model and every method by their samples; fake quantization in float32."""
-    rows = SampleRows(run.state.folder / "rows")
+    rows = SampleRows(run.state.folder / "rows", run.config.evaluation)
     missing = rows.missing([FLOAT, *run.config.rows])
     if missing:
         section = run.config.evaluation
@@ -162,7 +165,7 @@ def save_models(run: FullSizePTQRun, states: MethodStates, recipe: str) -> dict[
     config = run.config
     if not is_symmetric(config.weights):
         return {}
-    extra = {"recipe": recipe, "bits": config.bits, "attention_heads": config.attention_heads}
+    extra = {"recipe": recipe, "bits": config.bits}
     return {
         name: save_model(
             run.framework,

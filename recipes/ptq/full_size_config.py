@@ -88,6 +88,15 @@ class FullSizePTQConfig(RecipeConfig):
     _other_noise = field_validator("evaluation")(other_noise)
 
     @property
+    def changeable(self) -> frozenset[str]:
+        """Settings that may change while a run goes on; threads change the last bits.
+
+        Not the steps of the evaluation: calibration follows the same sampler.
+        """
+        evaluation = {f"evaluation.{name}" for name in SampleEvaluationSection.model_fields}
+        return super().changeable | evaluation - {"evaluation.steps"} | {"threads"}
+
+    @property
     def run_folder(self) -> Path:
         """Where the results go; `{adapter}`, `{bits}`, `{weights}` and `{seed}` are filled in."""
         filled = self.model_dump(include={"adapter", "bits", "weights", "seed"})

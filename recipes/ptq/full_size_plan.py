@@ -20,7 +20,7 @@ __all__ = ["plan_of"]
 
 def plan_of(recipe: str, config: FullSizePTQConfig) -> Plan:
     """Check run folder, framework, model and data, and say what a run would do."""
-    check_folder(config.run_folder, config.model_dump(mode="json"))
+    check_folder(config.run_folder, config.model_dump(mode="json"), config.changeable)
     torch.set_num_threads(config.threads)
     framework = load_framework(config.adapter)
     check_weights(config.weights, framework, config.adapter)

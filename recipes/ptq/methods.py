@@ -44,7 +44,7 @@ METHODS = {
     "mse": Method("static MSE", "One scale per layer with the least rounding error.", ConstantBank),
     "lsq": Method(
         "static LSQ",
-        "One trained scale per layer (PTQ4DM calibration, LSQ gradients).",
+        "One trained scale per layer, LSQ gradients (Esser et al., 1902.08153).",
         ConstantBank,
         trained=True,
     ),

@@ -21,7 +21,7 @@ from tdq_plugin.recipes.image_data import load_images
 from tdq_plugin.recipes.objectives import BatchMemory, Objective
 from tdq_plugin.recipes.qat.config import ComparisonConfig
 from tdq_plugin.recipes.qat.methods import METHODS, apply_method, calibrate_bank, check_methods
-from tdq_plugin.recipes.qat.model import copy_weights, load_weights, save_weights
+from tdq_plugin.recipes.qat.model import copy_weights, find_weights, load_weights, save_weights
 from tdq_plugin.recipes.qat.stages import QATRun, make_objective, start, train
 from tdq_plugin.recipes.qat.training import Training
 from tdq_plugin.recipes.qat.training_log import TrainingLog
@@ -30,6 +30,7 @@ from tdq_plugin.reconstruct import CalibrationSet
 __all__ = [
     "Comparison",
     "begin",
+    "check_trained",
     "evaluator_of",
     "execution_of",
     "measure",
@@ -64,8 +65,23 @@ class Comparison:
         return quantized
 
 
+def check_trained(config: ComparisonConfig) -> None:
+    """See that another run, if weights shall be taken from it, has those that are still missing.
+
+    Raises:
+        ConfigError: It has not.
+    """
+    if config.trained is None:
+        return
+    taken = config.run_folder / "weights"
+    for name in config.methods:
+        if not (taken / f"{name}.safetensors").exists():
+            find_weights(config.trained, name, config)
+
+
 def begin(config: ComparisonConfig) -> Comparison:
     """Load framework and float model, follow its sampler, and observe the activations."""
+    check_trained(config)
     run = start(config)
     section = config.calibration.of_the_sampler()
     points = calibration.collect(section, run.model, config.steps, config.seed)
@@ -100,8 +116,9 @@ def train_method(comparison: Comparison, name: str, objective: Objective) -> Non
         run.accelerator,
         config.training,
         config.scale_learning_rates[name],
-        config.model_dump(mode="json", exclude={"methods", "output", "evaluation"}),
+        config.model_dump(mode="json", exclude={"methods", "evaluation"}),
         config.seed,
+        config.changeable,
     )
     checkpoint = run.state.folder / "checkpoints" / f"{name}.pt"
     if not training.resume(checkpoint):

@@ -4,23 +4,27 @@ import torch
 
 import tdq_plugin as tdq
 from tdq_plugin.recipes.calibration import placeholder
+from tdq_plugin.recipes.evaluation.sampling import scheduler_with
 from tdq_plugin.recipes.float_model import load_float_model
 from tdq_plugin.recipes.frameworks import load_framework
 from tdq_plugin.recipes.image_data import load_images
 from tdq_plugin.recipes.plan import Plan, training_memory
+from tdq_plugin.recipes.qat.comparison import check_trained
 from tdq_plugin.recipes.qat.config import ComparisonConfig
 from tdq_plugin.recipes.qat.methods import check_methods
-from tdq_plugin.recipes.run_state import check_folder
+from tdq_plugin.recipes.qat.stages import check
 
 __all__ = ["plan_of"]
 
 
 def plan_of(recipe: str, config: ComparisonConfig) -> Plan:
     """Check run folder, framework, model and data, and say what a run would do."""
-    check_folder(config.run_folder, config.model_dump(mode="json"))
+    check(config)
+    check_trained(config)
     torch.set_num_threads(config.threads)
     framework = load_framework(config.adapter)
     model = load_float_model(config.model)
+    scheduler_with(model.scheduler, config.steps)
     data, _ = load_images(config.data, model.image_shape)
     points = placeholder(model)
     quantized = framework.prepare(model.unet, points, config.widths)

@@ -49,6 +49,12 @@ class QATConfig(RecipeConfig):
     trackers: list[Tracker]
 
     @property
+    def changeable(self) -> frozenset[str]:
+        """Settings that may change while a run goes on; threads change the last bits."""
+        reported = {"trackers", "training.log_every", "training.checkpoint_every"}
+        return super().changeable | reported | {"threads"}
+
+    @property
     def widths(self) -> Bits:
         """The bits as numbers."""
         return Bits.parse(self.bits)
@@ -100,6 +106,14 @@ class ComparisonConfig(QATConfig):
     ) -> CorrectionSection:
         # Absent if they are wrong themselves, which is said already.
         return section.check(info.data.get("methods", section.methods), "methods")
+
+    @field_validator("scale_history")
+    @classmethod
+    def _within_the_training(cls, steps: list[int], info: ValidationInfo) -> list[int]:
+        training = info.data.get("training")
+        if steps and training is not None and max(steps) > training.iterations:
+            raise ValueError(f"training has only {training.iterations} iterations")
+        return steps
 
     _other_noise = field_validator("evaluation")(other_noise)
 
@@ -159,6 +173,14 @@ class FullSizeConfig(QATConfig):
         if name not in METHODS:
             raise ValueError(f"is no method; choose from {list(METHODS)}")
         return name
+
+    @property
+    def changeable(self) -> frozenset[str]:
+        """Settings that may change while a run goes on: the evaluation's, too."""
+        evaluation = {f"evaluation.{name}" for name in SampleEvaluationSection.model_fields}
+        if self.objective == "data_free_distillation":
+            evaluation.remove("evaluation.steps")  # Training follows the same sampler.
+        return super().changeable | evaluation
 
     @property
     def widths(self) -> Bits:

@@ -16,17 +16,16 @@ from tdq_plugin.recipes.evaluation.sample_rows import SampleRows
 from tdq_plugin.recipes.evaluation.sampling import Denoiser, scheduler_with
 from tdq_plugin.recipes.float_model import FloatModel, set_dropout
 from tdq_plugin.recipes.frameworks import Framework
-from tdq_plugin.recipes.image_data import Images, load_images
+from tdq_plugin.recipes.image_data import Images, load_all_images, load_images
 from tdq_plugin.recipes.objectives import NoisedImages, Objective
 from tdq_plugin.recipes.plan import Plan, training_memory
 from tdq_plugin.recipes.qat.best_checkpoints import BestCheckpoints
 from tdq_plugin.recipes.qat.config import FullSizeConfig
 from tdq_plugin.recipes.qat.methods import METHODS, apply_method, calibrate_bank, check_methods
 from tdq_plugin.recipes.qat.model import frozen, load_weights
-from tdq_plugin.recipes.qat.stages import QATRun, make_objective, train
+from tdq_plugin.recipes.qat.stages import QATRun, check, make_objective, train
 from tdq_plugin.recipes.qat.training import Training
 from tdq_plugin.recipes.qat.training_log import TrainingLog
-from tdq_plugin.recipes.run_state import check_folder
 from tdq_plugin.recipes.saved_model import save_model
 from tdq_plugin.reconstruct import CalibrationSet, collect_trajectories
 
@@ -45,8 +44,10 @@ def prepare_method(
         data: A batch for frameworks that look at activations themselves.
 
     Raises:
-        ConfigError: The framework cannot train the method, or has no dropout.
+        ConfigError: The framework cannot train the method, or has no dropout; or the evaluation
+            has too many steps.
     """
+    scheduler_with(model.scheduler, config.evaluation.steps)  # Not after days of training.
     if config.dropout and not framework.keeps_dropout:
         raise ConfigError(
             f"dropout = {config.dropout}: the models of {config.adapter} have none in training. "
@@ -61,7 +62,7 @@ def prepare_method(
 
 def plan_of(recipe: str, config: FullSizeConfig, model: FloatModel, quantized: nn.Module) -> Plan:
     """Check run folder and data, and say what a run would do."""
-    check_folder(config.run_folder, config.model_dump(mode="json"))
+    check(config)
     training, held_out = load_images(config.data, model.image_shape)
     training[torch.arange(1)]  # Can it be read?
     points = (torch.zeros(2, *model.latent_shape), torch.zeros(2))
@@ -79,7 +80,7 @@ def plan_of(recipe: str, config: FullSizeConfig, model: FloatModel, quantized: n
         "memory": memory.describe(config.training.batch_size),
         "evaluation": f"{config.evaluation.samples:,} images by {config.evaluation.steps} DDIM "
         f"steps of the float model and {config.validation.keep} trained ones, "
-        f"{calls:,} denoised images",
+        f"{calls:,} denoised images, compared with {len(training) + len(held_out):,} real images",
         "features": FEATURE_SPACES[config.evaluation.features],
         "installed": f"missing: {', '.join(missing)}; the run would stop" if missing else "yes",
         "results": str(config.run_folder),
@@ -101,8 +102,9 @@ def train_best(
         accelerator,
         config.training,
         config.scale_learning_rate,
-        config.model_dump(mode="json", exclude={"output", "evaluation", "trackers"}),
+        config.model_dump(mode="json"),
         config.seed,
+        config.changeable,
     )
     checkpoint = run.state.folder / "checkpoint.pt"
     if not training.resume(checkpoint):
@@ -168,11 +170,11 @@ def judge_best(
     recipe: str,
     run: QATRun[FullSizeConfig],
     quantized: nn.Module,
-    images: Images,
     best: BestCheckpoints,
 ) -> None:
-    """Judge the float model and the kept weights; what is done already is read."""
+    """Judge the float model and the kept weights by all images; what is done already is read."""
     config, folder = run.config, run.state.folder
+    images = load_all_images(config.data, run.model.image_shape)
     evaluation = SampleEvaluation(config.evaluation, run.accelerator, run.model, images)
     rows = [_row(run, "float32", evaluation, run.model.denoise)]
     for step, loss in best.losses().items():
@@ -182,6 +184,18 @@ def judge_best(
             row = _row(run, name, evaluation, run.framework.simulate(model))
         rows.append(row | {"validation_loss": loss})
     if run.accelerator.is_main_process:
+        results = {
+            "recipe": recipe,
+            "method": METHODS[config.method].title,
+            "bits": config.bits,
+            "samples": config.evaluation.samples,
+            "steps": config.evaluation.steps,
+            "feature_space": FEATURE_SPACES[config.evaluation.features],
+            "rows": rows,
+        }
+        # First, so that they are there even if the model cannot be saved.
+        with atomic_file(folder / "results.json") as temporary:
+            temporary.write_text(json.dumps(results, indent=2))
         load_weights(quantized, best.path(next(iter(best.losses()))))
         # Without a table there is nothing to deploy.
         if not METHODS[config.method].dynamic:
@@ -193,24 +207,13 @@ def judge_best(
                 evaluation.scheduler,
                 {"recipe": recipe, "method": config.method, "bits": config.bits},
             )
-        results = {
-            "recipe": recipe,
-            "method": METHODS[config.method].title,
-            "bits": config.bits,
-            "samples": config.evaluation.samples,
-            "steps": config.evaluation.steps,
-            "feature_space": FEATURE_SPACES[config.evaluation.features],
-            "rows": rows,
-        }
-        with atomic_file(folder / "results.json") as temporary:
-            temporary.write_text(json.dumps(results, indent=2))
     run.accelerator.wait_for_everyone()
 
 
 def _row(
     run: QATRun[FullSizeConfig], name: str, evaluation: SampleEvaluation, denoiser: Denoiser
 ) -> dict[str, Any]:
-    rows = SampleRows(run.state.folder / "rows")
+    rows = SampleRows(run.state.folder / "rows", run.config.evaluation)
     run.accelerator.wait_for_everyone()
     if rows.missing([name]):
         rows.measure(name, denoiser, evaluation)

@@ -1,6 +1,5 @@
 """A model in training: its weights on disk, and its scales frozen for a while."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +14,13 @@ import tdq_plugin as tdq
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_file
 from tdq_plugin.freeze import evaluate_table
+from tdq_plugin.recipes.run_state import read_settings
 from tdq_plugin.scales import FrozenBank
 
 if TYPE_CHECKING:
     from tdq_plugin.recipes.qat.config import QATConfig
 
-__all__ = ["copy_weights", "frozen", "load_weights", "save_weights"]
+__all__ = ["copy_weights", "find_weights", "frozen", "load_weights", "save_weights"]
 
 
 @contextmanager
@@ -51,7 +51,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def copy_weights(run: Path, method: str, config: "QATConfig", path: Path) -> None:
-    """Copy what another run has saved of a method.
+    """Copy what another run has saved of a method; errors are those of `find_weights`."""
+    source = find_weights(run, method, config)
+    with atomic_file(path) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def find_weights(run: Path, method: str, config: "QATConfig") -> Path:
+    """Where another run has saved a method's weights.
 
     Raises:
         ConfigError: The run has not trained this method, or with another adapter or other bits.
@@ -62,11 +69,10 @@ def copy_weights(run: Path, method: str, config: "QATConfig", path: Path) -> Non
             f"trained = {str(run)!r} has no weights of {method!r}: {source} does not exist. "
             "Give the folder of a finished run with this method."
         )
-    other = json.loads(settings.read_text())
+    other = read_settings(settings)
     for key, wanted in (("adapter", config.adapter), ("bits", config.bits)):
         if other[key] != wanted:
             raise ConfigError(
                 f"trained = {str(run)!r} is a run with {key}={other[key]}, not {wanted}."
             )
-    with atomic_file(path) as temporary:
-        shutil.copyfile(source, temporary)
+    return source

@@ -20,11 +20,11 @@ from tdq_plugin.recipes.objectives import (
 )
 from tdq_plugin.recipes.qat.config import QATConfig
 from tdq_plugin.recipes.qat.training import Training
-from tdq_plugin.recipes.qat.training_log import TrainingLog, make_accelerator
-from tdq_plugin.recipes.run_state import RunState
+from tdq_plugin.recipes.qat.training_log import TrainingLog, make_accelerator, require_trackers
+from tdq_plugin.recipes.run_state import RunState, check_folder
 from tdq_plugin.reconstruct import CalibrationSet
 
-__all__ = ["QATRun", "make_objective", "start", "train"]
+__all__ = ["QATRun", "check", "make_objective", "start", "train"]
 
 Config = TypeVar("Config", bound=QATConfig)
 Config_co = TypeVar("Config_co", bound=QATConfig, covariant=True)
@@ -49,8 +49,19 @@ class QATRun(Generic[Config_co]):
     state: RunState
 
 
+def check(config: QATConfig) -> None:
+    """What a run and its plan check before anything is loaded.
+
+    Raises:
+        ConfigError: The run folder is that of another run, or a tracker is not installed.
+    """
+    check_folder(config.run_folder, config.model_dump(mode="json"), config.changeable)
+    require_trackers(config.trackers)
+
+
 def start(config: Config) -> QATRun[Config]:
     """Load framework and float model, and begin or resume a run."""
+    check(config)
     torch.set_num_threads(config.threads)
     framework = load_framework(config.adapter)
     settings = config.model_dump(mode="json")
@@ -59,7 +70,7 @@ def start(config: Config) -> QATRun[Config]:
     )
     with accelerator.main_process_first():
         model = load_float_model(config.model)
-        state = RunState(config.run_folder, settings)
+        state = RunState(config.run_folder, settings, config.changeable)
     return QATRun(config, framework, model.to(accelerator.device), accelerator, state)
 
 

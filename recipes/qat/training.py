@@ -4,7 +4,8 @@ The loop itself is in the recipes. Accelerate runs it on one device or on severa
 """
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 import tdq_plugin as tdq
 from tdq_plugin.errors import ConfigError
-from tdq_plugin.files import atomic_file
+from tdq_plugin.recipes.checkpoints import load_checkpoint, save_checkpoint
 from tdq_plugin.recipes.config import Section
 from tdq_plugin.recipes.objectives import Objective
 from tdq_plugin.recipes.run_state import differences
@@ -84,6 +85,7 @@ class Training:
         scale_learning_rate: Of the scale bank; zero points learn ten times as fast.
         identity: What a checkpoint belongs to, for example the recipe's configuration.
         seed: Of what the model itself draws: dropout, NIPQ's noise.
+        changeable: Parts of the identity that a restart may change, by dotted key.
 
     Raises:
         ConfigError: The processes cannot share the batch evenly.
@@ -97,9 +99,10 @@ class Training:
         scale_learning_rate: float,
         identity: dict[str, Any],
         seed: int,
+        changeable: Collection[str] = (),
     ) -> None:
         self.model, self.accelerator, self.section, self.seed = model, accelerator, section, seed
-        self.identity = json.dumps(identity, sort_keys=True)
+        self.identity, self.changeable = json.dumps(identity, sort_keys=True), changeable
         self.step = 0
         groups = parameter_groups(model, section, scale_learning_rate)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
@@ -121,7 +124,8 @@ class Training:
         """One optimizer step; the result at steps that are logged.
 
         Raises:
-            ConfigError: The loss is not finite.
+            ConfigError: The loss is not finite; it is looked at where it is logged, and before a
+                checkpoint, so that none holds broken weights.
         """
         accelerator, parameters = self.accelerator, list(self.model.parameters())
         # Restarted or not, dropout and NIPQ's noise are those of this step.
@@ -136,9 +140,11 @@ class Training:
         self.optimizer.zero_grad()
         self.average.step(parameters)
         self.step += 1
-        if self.step % self.section.log_every and self.step < self.section.iterations:
+        logged = self.step % self.section.log_every == 0 or self.step == self.section.iterations
+        if not logged and self.step % self.section.checkpoint_every:
             return None
-        return self._result(loss.detach(), norm)
+        result = self._result(loss.detach(), norm)
+        return result if logged else None
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
@@ -163,20 +169,20 @@ class Training:
     def save(self, path: Path) -> None:
         """Write a checkpoint; the main process alone does."""
         if self.accelerator.is_main_process:
-            with atomic_file(path) as temporary:
-                torch.save(self._state(), temporary)
+            save_checkpoint(path, self._state())
 
     def resume(self, path: Path) -> bool:
         """Continue from a checkpoint, if there is one.
 
         Raises:
-            ConfigError: It was written with other settings.
+            ConfigError: It was written with other settings, or is damaged.
         """
-        if not path.exists():
+        state = load_checkpoint(path, self.accelerator.device)
+        if state is None:
             return False
-        state = torch.load(path, weights_only=True, map_location=self.accelerator.device)
-        if state["identity"] != self.identity:
-            shown = differences(json.loads(state["identity"]), json.loads(self.identity))
+        known, wanted = json.loads(state["identity"]), json.loads(self.identity)
+        shown = differences(known, wanted, self.changeable)
+        if shown:
             raise ConfigError(
                 f"{path} was written with other settings: {shown}. "
                 "Choose another name=..., or remove the folder."
@@ -229,11 +235,13 @@ class Training:
 
     def _result(self, loss: Tensor, norm: Tensor | None) -> StepResult:
         value = float(self.accelerator.reduce(loss, "mean"))
-        if not value < float("inf"):
+        length = float(norm) if norm is not None else 0.0
+        if not math.isfinite(value + length):
             raise ConfigError(
-                f"The training loss is {value} at step {self.step}. Lower the learning rates."
+                f"The training loss is {value} at step {self.step}, the norm of its gradient "
+                f"{length}. Lower the learning rates."
             )
-        return StepResult(value, float(norm) if norm is not None else 0.0)
+        return StepResult(value, length)
 
 
 def parameter_groups(

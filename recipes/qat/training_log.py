@@ -5,15 +5,29 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from accelerate import Accelerator
 
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_file
+from tdq_plugin.recipes.processes import start_processes
 
-__all__ = ["Tracker", "TrainingLog", "make_accelerator"]
+__all__ = ["Tracker", "TrainingLog", "make_accelerator", "require_trackers"]
 
 Tracker = Literal["tensorboard", "trackio", "wandb"]
+
+
+def require_trackers(trackers: list[Tracker]) -> None:
+    """Check before anything else that the trackers can be used.
+
+    Raises:
+        ConfigError: A tracker's package is missing.
+    """
+    for tracker in trackers:
+        if find_spec(tracker) is None:
+            raise ConfigError(
+                f"trackers = {trackers}: {tracker} is not installed. "
+                f"Install it: pip install {tracker}."
+            )
 
 
 def make_accelerator(
@@ -30,14 +44,8 @@ def make_accelerator(
     Raises:
         ConfigError: A tracker's package is missing.
     """
-    for tracker in trackers:
-        if find_spec(tracker) is None:
-            raise ConfigError(
-                f"trackers = {trackers}: {tracker} is not installed. "
-                f"Install it: pip install {tracker}."
-            )
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
+    require_trackers(trackers)
+    accelerator = start_processes(
         mixed_precision=mixed_precision,
         log_with=list(trackers) or None,
         project_dir=folder,

@@ -79,9 +79,11 @@ def load_int8(
 
     Raises:
         TableFormatError: A file is missing, truncated, or of an unknown version.
-        TableMismatchError: The folder belongs to another architecture.
+        TableMismatchError: The folder belongs to another architecture, or to other heads.
     """
-    description, lookup = _parse(folder, read_description(folder))
+    content = read_description(folder)
+    description, lookup = _parse(folder, content)
+    _check_heads(float_model, content)
     state = _read_tensors(Path(folder) / _WEIGHTS)
     bank = FrozenBank(load_table(Path(folder) / _TABLE), lookup)
     graph_module = trace(
@@ -147,6 +149,19 @@ def _parse(folder: str | Path, content: dict[str, Any]) -> tuple[Int8Description
         return description, content["lookup"]
     except (KeyError, TypeError, AttributeError) as error:
         raise TableFormatError(f"{folder}/{_JSON} is not complete: {error!r}.") from error
+
+
+def _check_heads(model: nn.Module, content: dict[str, Any]) -> None:
+    """See that attentions have the heads that the recipes noted: no weight's shape shows them."""
+    saved = content.get("extra", {}).get("attention_heads")
+    found = (getattr(module, "heads", None) for module in model.modules())
+    heads = {number for number in found if isinstance(number, int)}
+    if saved is not None and heads and heads != {saved}:
+        raise TableMismatchError(
+            f"The attentions of this {type(model).__name__} have {sorted(heads)} heads, those of "
+            f"the saved model {saved}. Call set_attention_heads(model, {saved}) of "
+            "tdq_plugin.recipes.float_model first."
+        )
 
 
 def _bank(model: fx.GraphModule) -> FrozenBank:

@@ -1,11 +1,12 @@
 """List the parts of a study, do what is missing, and write the report."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tdq_plugin.studies.comparisons import check_comparisons
 from tdq_plugin.studies.definition import StudyDefinition, load_study
 from tdq_plugin.studies.execution import (
     PlannedRun,
@@ -46,8 +47,9 @@ class Study:
         self.name, self.output = Path(name).stem, output
         self.results = results or output
         self.definition: StudyDefinition = load_study(name, samples)
-        for part in self.definition.parts:
-            self.planned(part)
+        for key, part in self.definition.parts.items():
+            self.planned(key)
+            check_comparisons(key, part, self.definition.runs(key, output))
 
     def planned(self, part: str) -> list[PlannedRun]:
         """The runs of a part.
@@ -103,7 +105,7 @@ class Study:
             )
             waiting += missing
         failures = execute(longest_first(waiting), jobs, say, self._do)
-        say(f"The report is in {self.report()}")
+        say(f"The report is in {self.report(without=failures)}")
         return failures
 
     def _do(self, run: PlannedRun) -> str | None:
@@ -112,12 +114,17 @@ class Study:
             _load(run)  # Writes the record.
         return failure
 
-    def report(self) -> Path:
-        """Write records and the report of everything that is finished; return the Markdown file."""
+    def report(self, without: Collection[str] = ()) -> Path:
+        """Write records and the report of everything that is finished; return the Markdown file.
+
+        Args:
+            without: Names of runs that count as not finished.
+        """
         found, loaded = {}, dict[str, FinishedRun]()
         for name, part in self.definition.parts.items():
             runs = self.planned(name)
-            finished = [run for run in runs if run.here or run.record.exists()]
+            there = [run for run in runs if run.here or run.record.exists()]
+            finished = [run for run in there if run.spec.name not in without]
             for run in finished:
                 if run.spec.name not in loaded:
                     loaded[run.spec.name] = _load(run)

@@ -101,7 +101,8 @@ def execute(
         runs: In the order of their start.
         jobs: Runs at a time.
         say: Told of every run that ends.
-        do: Does a run and returns why it failed, `run_in_a_process` with a folder.
+        do: Does a run and returns why it failed, `run_in_a_process` with a folder; an exception
+            is a failure, too.
 
     Returns:
         Why runs failed, by their names.
@@ -117,7 +118,8 @@ def execute(
                 waiting.remove(run)
                 running[pool.submit(do, run)] = run
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                run, failure = running.pop(future), future.result()
+                run, error = running.pop(future), future.exception()
+                failure = f"{type(error).__name__}: {error}" if error else future.result()
                 if failure is not None:
                     failures[run.spec.name] = failure
                 progress.ended(run, failure)

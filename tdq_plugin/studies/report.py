@@ -13,7 +13,7 @@ from tdq_plugin.studies.document import Block, Picture, Section, Table, as_html,
 from tdq_plugin.studies.figures import FIGURES
 from tdq_plugin.studies.numbers import part_numbers
 from tdq_plugin.studies.results import FinishedRun, Group, groups_of
-from tdq_plugin.studies.tables import SHOWN, check_pairs, methods_table, ratios_table
+from tdq_plugin.studies.tables import SHOWN, methods_table, ratios_table
 from tdq_plugin.study.results_table import COLUMNS
 
 __all__ = ["PartResults", "write_study"]
@@ -59,9 +59,6 @@ def write_study(
 
     Returns:
         The Markdown file.
-
-    Raises:
-        ConfigError: A ratio names a method that no row has.
     """
     parts = {key: _part(key, found) for key, found in results.items()}
     sections = [
@@ -88,8 +85,6 @@ def _part(key: str, results: PartResults) -> Section:
     blocks: list[Block] = [part.question, f"In the paper: {part.paper}."]
     if results.missing:
         blocks.append(f"Not finished: {', '.join(results.missing)}.")
-    else:
-        check_pairs(groups, part.ratios)
     for group in groups:
         blocks += _tables(part, group)
     if results.runs:

@@ -11,7 +11,16 @@ from tdq_plugin.errors import ConfigError
 from tdq_plugin.studies.definition import Part
 from tdq_plugin.study.schema import METRICS
 
-__all__ = ["Curve", "FinishedRun", "Group", "Method", "ScaleHistory", "groups_of", "row_name"]
+__all__ = [
+    "Curve",
+    "FinishedRun",
+    "Group",
+    "Method",
+    "ScaleHistory",
+    "group_name",
+    "groups_of",
+    "row_name",
+]
 
 
 class Curve(NamedTuple):
@@ -124,14 +133,24 @@ def groups_of(part: Part, runs: Iterable[FinishedRun]) -> list[Group]:
     by_name: dict[str, list[FinishedRun]] = {}
     for run in runs:
         if "rows" in run.report:
-            by_name.setdefault(_group_name(part, run), []).append(run)
+            by_name.setdefault(group_name(part, run.name, run.config), []).append(run)
     return [Group(name, tuple(found)) for name, found in by_name.items()]
 
 
-def _group_name(part: Part, run: FinishedRun) -> str:
-    value: Any = run.config
+def group_name(part: Part, run: str, config: Mapping[str, Any]) -> str:
+    """The group that a run belongs to.
+
+    Args:
+        part: What compares the runs.
+        run: Its name.
+        config: Its configuration.
+
+    Raises:
+        ConfigError: It has no setting of the name `part.group_by`.
+    """
+    value: Any = config
     for key in part.group_by.split(".") if part.group_by else ():
-        if key not in value:
-            raise ConfigError(f"group_by = {part.group_by!r} is no setting of {run.name}.")
+        if not isinstance(value, Mapping) or key not in value:
+            raise ConfigError(f"group_by = {part.group_by!r} is no setting of {run}.")
         value = value[key]
     return str(value) if part.group_by else ""

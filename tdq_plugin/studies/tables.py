@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from tdq_plugin.errors import ConfigError
 from tdq_plugin.studies.document import Table
 from tdq_plugin.studies.results import Group, Method
 from tdq_plugin.studies.statistics import Summary, centre, paired_ratio
@@ -10,7 +9,7 @@ from tdq_plugin.study.markup import number
 from tdq_plugin.study.results_table import COLUMNS, EXECUTIONS
 from tdq_plugin.study.schema import HIGHER_IS_BETTER
 
-__all__ = ["SHOWN", "check_pairs", "methods_table", "ratios_table"]
+__all__ = ["SHOWN", "methods_table", "ratios_table"]
 
 SHOWN = (
     "trajectory_mse",
@@ -53,18 +52,6 @@ def ratios_table(group: Group, pairs: Sequence[tuple[str, str]]) -> Table | None
         return None
     header = ["Ratio", "Metric", "Ratio of centres", "Each draw", "95 % interval"]
     return Table(header, rows)
-
-
-def check_pairs(groups: Sequence[Group], pairs: Sequence[tuple[str, str]]) -> None:
-    """Check that every title of the ratios is that of a method.
-
-    Raises:
-        ConfigError: One is not.
-    """
-    known = dict.fromkeys(method.title for group in groups for method in group.methods)
-    for title in (title for pair in pairs for title in pair):
-        if title not in known:
-            raise ConfigError(f"ratios: {title!r} is none of {', '.join(known)}.")
 
 
 def _ratio_rows(title: str, first: Method, second: Method) -> list[list[str]]:

@@ -72,33 +72,8 @@ class FrechetReference:
         Raises:
             ConfigError: There are fewer than two images, or a feature is not finite.
         """
-        return self._distance(self.features(images))
-
-    def standard_error(self, images: Tensor, resamples: int = 20, seed: int = 0) -> float:
-        """Return the bootstrap standard error of `distance(images)`, the reference held fixed.
-
-        It covers the finite number of images only, not another calibration or another seed.
-        No interval is given because resampling with replacement shifts the distance upward.
-
-        Args:
-            images: The compared set `(N, ...)`.
-            resamples: Number of bootstrap draws, at least 2.
-            seed: Seed of the draws.
-
-        Raises:
-            ConfigError: There are fewer than two images or draws, or a feature is not finite.
-        """
-        if resamples < 2:
-            raise ConfigError(f"A standard error needs at least 2 resamples, got {resamples}.")
-        features = self.features(images)
-        generator = torch.Generator().manual_seed(seed)
-        draws = torch.randint(len(features), (resamples, len(features)), generator=generator)
-        distances = [self._distance(features[draw]) for draw in draws]
-        return torch.tensor(distances, dtype=torch.float64).std().item()
-
-    def _distance(self, features: Tensor) -> float:
         self._metric.reset()
-        self._metric.update(features, real=False)
+        self._metric.update(self.features(images), real=False)
         return float(self._metric.compute())
 
 

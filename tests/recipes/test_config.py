@@ -56,6 +56,7 @@ def test_a_configuration_does_not_change(path: Path) -> None:
         ("rate.x=3", r"^Override 'rate.x=3': 'rate' is a value, not a section\.$"),
         ("rate=0", r"^rate = 0: Input should be greater than 0\.$"),
         ("rate=fast", r"^rate = 'fast': Input should be a valid number"),
+        ("seed=4294967296", r"^seed = 4294967296: Input should be less than 4294967296\.$"),
         ("threads=0", r"^threads = 0: Input should be greater than or equal to 1\.$"),
         ("layers.first=x", r"^layers.first = 'x': Input should be a valid integer"),
         (

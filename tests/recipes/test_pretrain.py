@@ -142,6 +142,14 @@ def test_training_moves_the_weights_by_the_seed(
     )
 
 
+def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    config = PIXELS.configure([*SHORT, f"output={tmp_path}", "checkpoint_every=1"])
+    network = torch.nn.Linear(1, 1)
+    with pytest.raises(ConfigError, match=r"training loss is nan at step 1, .* Lower learning_r"):
+        pretraining.pretrain(config, network, lambda generator: network.weight.sum() * torch.nan)
+    assert not config.run_folder.exists()
+
+
 def test_a_run_folder_belongs_to_one_configuration(
     finished: dict[str, Path], overrides: dict[str, list[str]]
 ) -> None:
@@ -161,6 +169,7 @@ def test_an_autoencoder_that_is_not_there(tmp_path: Path) -> None:
     [
         (PIXELS, "iterations=0", r"^iterations = 0: Input should be greater than 0"),
         (PIXELS, "ema_decay=1", r"^ema_decay = 1: Input should be less than 1"),
+        (PIXELS, "unet.norm_groups=3", r"^unet = .*: UNet2DModel takes no \['norm_groups'\], but"),
         (PIXELS, "unet=3", r"^unet = 3: Input should be a valid dictionary"),
         (AUTOENCODER, "kl_weight=-1", r"^kl_weight = -1: Input should be greater than or equal"),
         (LATENTS, "kl_weight=1", r"^Unknown key 'kl_weight'. Known keys: autoencoder, batch_si"),

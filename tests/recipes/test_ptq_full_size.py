@@ -13,7 +13,8 @@ from diffusers import DDIMScheduler, UNet2DModel
 
 import tdq_plugin as tdq
 from tdq_plugin.deploy import load_int8
-from tdq_plugin.errors import CalibrationError, ConfigError
+from tdq_plugin.errors import CalibrationError, ConfigError, TableMismatchError
+from tdq_plugin.export_cli import architecture
 from tdq_plugin.recipes import correction, find_recipe
 from tdq_plugin.recipes.correction import row_title
 from tdq_plugin.recipes.evaluation.sampling import sample, scheduler_with
@@ -95,7 +96,7 @@ def test_a_corrected_model_is_saved_with_its_correction(finished: Path) -> None:
     assert correction.timesteps.tolist() == [0, 500]
     assert correction.offsets.shape == (2, 1, 16, 16)
     assert correction.offsets.any()
-    images = ptq_full_size.SampleRows(finished / "rows").images
+    images = ptq_full_size.SampleRows(finished / "rows", CIFAR.configure(SMALL).evaluation).images
     assert not torch.equal(images("lsq"), images("lsq_corrected"))
     page = (finished / "results.html").read_text(encoding="utf-8")
     assert "<th>static LSQ, corrected</th>" in page
@@ -149,8 +150,15 @@ def test_latents_are_decoded_and_heads_are_set(tiny_latent_pipeline: Path, tmp_p
     assert [row["model"] for row in rows] == ["float32", "lsq", "lsq_corrected"]
     assert all(set(row) == {"model", "frechet_distance"} for row in rows)
     assert len({row["frechet_distance"] for row in rows}) == 3
-    samples = ptq_full_size.SampleRows(folder / "rows").images("lsq")
+    samples = ptq_full_size.SampleRows(folder / "rows", config.evaluation).images("lsq")
     assert samples.shape == (16, 1, 16, 16)
+    saved, example = folder / "models" / "lsq", (torch.zeros(2, 2, 8, 8), torch.zeros(2))
+    of_the_config = UNet2DModel.from_config(UNet2DModel.load_config(saved / "unet"))
+    with pytest.raises(TableMismatchError, match=r"have \[2\] heads, those of the saved model 4"):
+        load_int8(saved / "int8", of_the_config, example)
+    unet = architecture(saved)
+    assert unet.mid_block.attentions[0].heads == 4
+    load_int8(saved / "int8", unet, example)
     kept = ptq_full_size.calibration_data(run)
     assert kept.samples.shape[1:] == (2, 8, 8)
 
@@ -257,6 +265,12 @@ def test_a_framework_that_sets_the_ranges_of_weights_itself(overrides: list[str]
 def test_a_budget_that_is_too_small_shows_in_the_plan(overrides: list[str]) -> None:
     config = CIFAR.configure([*overrides, "calibration.byte_budget=1024"])
     with pytest.raises(CalibrationError, match=r"1024 bytes holds 1 samples, fewer than the 2"):
+        CIFAR.plan(config)
+
+
+def test_a_sampler_with_too_many_steps(overrides: list[str]) -> None:
+    config = CIFAR.configure([*overrides, "evaluation.steps=1001"])
+    with pytest.raises(ConfigError, match=r"cannot have steps = 1001: .* has 1000 timesteps"):
         CIFAR.plan(config)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes import find_recipe
 from tdq_plugin.recipes.calibration import placeholder
 from tdq_plugin.recipes.image_data import load_images
+from tdq_plugin.recipes.qat import full_size
 from tdq_plugin.recipes.qat.best_checkpoints import BestCheckpoints
 from tdq_plugin.recipes.qat.full_size import prepare_method, train_best
 from tdq_plugin.recipes.qat.stages import start
@@ -39,7 +41,8 @@ SMALL = [
     "training.checkpoint_every=2",
     "validation={every: 1, batches: 1, keep: 2}",
     "evaluation.samples=100",
-    "evaluation.batch_size=50",
+    # Two processes have other numbers of batches.
+    "evaluation.batch_size=40",
     "evaluation.steps=2",
 ]
 
@@ -84,6 +87,20 @@ def test_the_saved_model_draws(finished: Path) -> None:
     integer = load_int8(finished / "model" / "int8", unet, (x, t))
     with torch.no_grad():
         assert integer(x, 500).isfinite().all()
+
+
+def test_results_do_not_wait_for_the_model(
+    finished: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError("No space left on device")
+
+    before = results(finished)
+    (finished / "results.json").unlink()
+    monkeypatch.setattr(full_size, "save_model", fail)
+    with pytest.raises(OSError, match="No space"):
+        QAT.run(QAT.configure([*overrides, "name=one"]))
+    assert results(finished) == before
 
 
 def test_two_processes_do_what_one_does(finished: Path, overrides: list[str]) -> None:
@@ -141,6 +158,33 @@ def test_a_restart_repeats_nothing(
         assert all(torch.equal(again[name], value) for name, value in load_file(path).items())
 
 
+def test_what_may_change_while_a_run_goes_on(
+    finished: Path, overrides: list[str], tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "one")
+    moved = [*overrides, "name=one", f"output={tmp_path}"]
+    again = [*moved, "threads=2", "evaluation.batch_size=50", "training.log_every=3"]
+    folder = QAT.run(QAT.configure([*again, "training.checkpoint_every=3"]))
+    assert results(folder) == results(finished)
+    assert json.loads((folder / "config.json").read_text())["training"]["log_every"] == 3
+    rows = results(QAT.run(QAT.configure([*moved, "evaluation.seed=7"])))["rows"]
+    for row, before in zip(rows, results(finished)["rows"], strict=True):
+        assert row["model"] == before["model"]
+        assert row["frechet_distance"] != before["frechet_distance"]
+    with pytest.raises(ConfigError, match=r"with other settings: dropout=0\.0, not 0\.5\. "):
+        QAT.run(QAT.configure([*moved, "dropout=0.5"]))
+    free = QAT.configure([*moved, "objective=data_free_distillation"]).changeable
+    assert "evaluation.steps" in QAT.configure(moved).changeable - free
+
+
+def test_a_sampler_with_too_many_steps(overrides: list[str]) -> None:
+    config = QAT.configure([*overrides, "name=steps", "evaluation.steps=1001"])
+    message = r"cannot have steps = 1001: .* has 1000 timesteps\. Set steps .* to 1000 or less"
+    for do in (QAT.plan, QAT.run):
+        with pytest.raises(ConfigError, match=message):
+            do(config)
+
+
 @pytest.fixture(scope="module")
 def cifar10_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The architecture of google/ddpm-cifar10-32, with random weights."""
@@ -168,6 +212,8 @@ def test_the_real_size_trains(cifar10_pipeline: Path, tmp_path: Path) -> None:
     described = str(QAT.plan(config))
     assert "35,746,307 parameters" in described
     assert "TDQ, W4A4, " in described
+    assert "4,984 images and 16 for validation" in described
+    assert "compared with 5,000 real images" in described
     total, state = map(float, re.findall(r"(\d+\.\d+)(?: GB:| for param)", described))
     # 20 bytes for each parameter, two copies of the quantized weights, and the float model.
     assert 1.05 < state < 1.35
@@ -208,6 +254,11 @@ def test_the_run_stops_before_it_starts_without_inception(tiny_pipeline: Path) -
     [
         ("method=tdk", r"^method = 'tdk': .*choose from .*'tdq_paper'"),
         ("float_layers=conv_in", r"^float_layers = 'conv_in': Input should be a valid list"),
+        (
+            "training.learning_rate=.inf",
+            r"^training\.learning_rate = inf: Input should be a finite number",
+        ),
+        ("scale_learning_rate=.nan", r"^scale_learning_rate = nan: Input should be a finite num"),
         ("validation.keep=0", r"^validation\.keep = 0: Input should be greater than 0"),
         ("data.source=x", r"^data\.source = 'x': Input should be 'digits', 'folder' or 'hub'"),
         ("training.mixed_precision=fp8", r"^training\.mixed_precision = 'fp8': Input should be"),

@@ -170,9 +170,27 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tiny_pipeline: Path, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trackers=[trackio]", r"^trackers = \['trackio'\]: trackio is not installed"),
+        ("trained=no/such", r"^trained = 'no/such' has no weights of 'lsq': .* does not exist"),
+    ],
+)
+def test_what_would_stop_a_run_stops_its_plan(
+    override: str, message: str, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tdq_plugin.recipes.qat.training_log.find_spec", lambda name: None)
+    config = QAT.configure([*overrides, override, "name=stopped", "methods=[lsq]"])
+    for do in (QAT.plan, QAT.run):
+        with pytest.raises(ConfigError, match=message):
+            do(config)
+    assert not config.run_folder.exists()
+
+
 def test_training_without_data(overrides: list[str]) -> None:
     settings = ["methods=[table_10]", "objective=data_free_distillation", "training.iterations=2"]
-    settings += ["name=data-free", "scale_history=[0, 2, 50]"]
+    settings += ["name=data-free", "scale_history=[0, 2]"]
     folder = QAT.run(QAT.configure([*overrides, *settings]))
     assert (folder / "report.html").is_file()
     before, after = (
@@ -212,6 +230,10 @@ def test_only_weights_that_fit_are_taken(finished: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        (
+            "scale_history=[0, 401]",
+            r"^scale_history = \[0, 401\]: training has only 400 iterations",
+        ),
         ("bits=W9A9", r"^bits = 'W9A9': write bits of weights and activations as W8A4"),
         ("methods=[]", r"^methods = \[\]: List should have at least 1 item"),
         ("methods=[tdk]", r"^methods = \['tdk'\]: .*are no methods; choose from .*'tdq_nipq'"),

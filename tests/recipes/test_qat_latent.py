@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from tdq_plugin.deploy.package import read_description
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes import find_recipe
 from tdq_plugin.recipes.float_model import load_float_model
@@ -29,7 +30,7 @@ SMALL = [
 ]
 SMALL_CHURCHES = [
     "threads=1",
-    "attention_heads=1",
+    "attention_heads=4",
     "data={source: digits, validation_images: 16, flip: true}",
     "calibration={batches: 1, batch_size: 8}",
     "training.iterations=2",
@@ -77,6 +78,7 @@ def test_churches_end_to_end(tiny_latent_pipeline: Path, tmp_path: Path) -> None
         assert row["frechet_distance"] > 0
         assert "inception_score" not in row
     assert len(found["rows"]) == 2
+    assert read_description(folder / "model" / "int8")["extra"]["attention_heads"] == 4
 
 
 def test_churches_plan(tiny_latent_pipeline: Path) -> None:

@@ -27,6 +27,7 @@ from tdq_plugin.recipes.objectives import (
     Objective,
     weighting_of,
 )
+from tdq_plugin.recipes.processes import PATIENCE
 from tdq_plugin.recipes.qat.best_checkpoints import BestCheckpoints
 from tdq_plugin.recipes.qat.methods import METHODS, apply_method, calibrate_bank
 from tdq_plugin.recipes.qat.model import frozen, load_weights, save_weights
@@ -330,8 +331,15 @@ def test_bfloat16_leaves_the_scales_alone(calibrated: Any, inputs: NoisedImages)
 
 def test_a_loss_that_is_not_finite(calibrated: Any, inputs: NoisedImages) -> None:
     broken = Objective(inputs, teacher=lambda x, t: x * float("nan"))
-    with pytest.raises(ConfigError, match=r"training loss is nan at step 1\. Lower the"):
+    with pytest.raises(ConfigError, match=r"training loss is nan at step 1, .* Lower the"):
         train(calibrated(), broken).advance(broken)
+
+
+def test_no_checkpoint_has_broken_weights(calibrated: Any, inputs: NoisedImages) -> None:
+    broken = Objective(inputs, teacher=lambda x, t: x * float("nan"))
+    seldom = SECTION.model_copy(update={"log_every": 100, "checkpoint_every": 1})
+    with pytest.raises(ConfigError, match=r"training loss is nan at step 1"):
+        train(calibrated(), broken, seldom).advance(broken)
 
 
 def test_weights_travel_by_safetensors(calibrated: Any, tmp_path: Path) -> None:
@@ -369,6 +377,12 @@ def test_the_log_goes_on_after_a_kill(tmp_path: Path) -> None:
         {"step": 2, "loss": 2.0},
         {"step": 3, "loss": 30.0},
     ]
+
+
+def test_processes_wait_for_each_other_for_days(tmp_path: Path) -> None:
+    handler = make_accelerator(tmp_path, "no", [], {}).init_handler
+    assert handler is not None
+    assert handler.timeout == PATIENCE
 
 
 def test_a_tracker_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,10 @@ import yaml
 
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes import find_recipe
+from tdq_plugin.studies import conduct
+from tdq_plugin.studies.conduct import Study
 from tdq_plugin.studies.definition import STUDIES, load_study
+from tdq_plugin.studies.execution import PlannedRun
 
 
 def content() -> dict[str, Any]:
@@ -132,6 +135,47 @@ def test_mistakes(tmp_path: Path, change: Any, message: str) -> None:
     change(values)
     with pytest.raises(ConfigError, match=message):
         load_study(write(tmp_path, values))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            changed("parts.one.group_by", "bits.x"),
+            r"^group_by = 'bits\.x' is no setting of W4A4-lsq-tdq-0",
+        ),
+        (
+            changed("parts.one.ratios", [["TDQ", "PACT"]]),
+            r"^ratios of 'one': \['PACT'\] are none of static LSQ, TDQ\.",
+        ),
+    ],
+)
+def test_mistakes_in_what_is_compared_show_before_the_runs(
+    tmp_path: Path, change: Any, message: str
+) -> None:
+    values = content()
+    change(values)
+    with pytest.raises(ConfigError, match=message):
+        Study(write(tmp_path, values), tmp_path / "runs")
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_shipped_studies_compare_what_they_run(name: str, tmp_path: Path) -> None:
+    assert Study(name, tmp_path).definition.parts
+
+
+def test_a_run_that_cannot_be_read_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave_half_a_run(run: PlannedRun, logs: Path) -> None:
+        run.folder.mkdir(parents=True)
+        (run.folder / "report.json").write_text("{}")
+
+    monkeypatch.setattr(conduct, "run_in_a_process", leave_half_a_run)
+    failures = Study(write(tmp_path, content()), tmp_path / "runs").run(["one"], 1, str)
+    assert len(failures) == 4
+    assert all("FileNotFoundError" in failure for failure in failures.values())
+    assert "Not finished: W4A4-lsq-tdq-0, " in (tmp_path / "runs" / "demo.md").read_text()
 
 
 def test_a_study_that_is_not_there() -> None:

@@ -114,16 +114,6 @@ def test_an_unfinished_part_says_what_is_missing(
     assert "none yet" in write_study(tmp_path / "out", "demo", definition, nothing).read_text()
 
 
-def test_a_ratio_of_a_method_that_nobody_ran(
-    three_draws: list[FinishedRun], tmp_path: Path
-) -> None:
-    definition = study(ratios=[["TDQ", "PACT"]])
-    found = {"demo": PartResults(definition.parts["demo"], three_draws, [])}
-    with pytest.raises(ConfigError, match="'PACT' is none of float32, TDQ, static LSQ, MinMax"):
-        write_study(tmp_path / "out", "demo", definition, found)
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_group_by_that_no_run_has(three_draws: list[FinishedRun]) -> None:
     with pytest.raises(ConfigError, match=r"group_by = 'training.rate' is no setting of w4a4-0"):
         groups_of(part(group_by="training.rate"), three_draws)

@@ -61,15 +61,6 @@ def test_grows_with_the_damage_to_digits() -> None:
     assert clean * 10 < slight < strong / 3
 
 
-def test_standard_error_predicts_the_spread_between_independent_draws() -> None:
-    reference = FrechetReference(nn.Identity(), gaussians(0, 4000))
-    samples = gaussians(1, 8000).split(400)
-    spread = torch.tensor([reference.distance(draw) for draw in samples]).std().item()
-    predicted = reference.standard_error(samples[0], resamples=100)
-    assert predicted == pytest.approx(spread, rel=0.5)
-    assert predicted == reference.standard_error(samples[0], resamples=100)
-
-
 def test_diverged_samples_are_named() -> None:
     samples = gaussians(1)
     samples[3] = torch.nan
@@ -77,11 +68,9 @@ def test_diverged_samples_are_named() -> None:
         FrechetReference(nn.Identity(), gaussians(0)).distance(samples)
 
 
-def test_too_few_images_or_resamples() -> None:
+def test_too_few_images() -> None:
     with pytest.raises(ConfigError, match="at least 2 images, got 1"):
         FrechetReference(nn.Identity(), gaussians(0)[:1])
-    with pytest.raises(ConfigError, match="at least 2 resamples, got 1"):
-        FrechetReference(nn.Identity(), gaussians(0)).standard_error(gaussians(1), resamples=1)
 
 
 @pytest.mark.filterwarnings("ignore:.*degrees of freedom:UserWarning")  # of one part
