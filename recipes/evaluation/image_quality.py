@@ -19,6 +19,7 @@ __all__ = [
 ]
 
 Features = Literal["inception", "digits"]
+_INCEPTION = "inception-v3-compat"
 FEATURE_SPACES = {
     "inception": "Inception-v3 of torch-fidelity, 2048 features: FID and IS as in papers",
     "digits": "digit classifier of recipes/assets/digits-classifier, 64 features: not the FID and "
@@ -64,13 +65,18 @@ class SampleQuality:
     def __init__(
         self, features: Features, device: torch.device | str = "cpu", with_score: bool = True
     ) -> None:
-        from torchmetrics.image.fid import FrechetInceptionDistance
+        from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
         from torchmetrics.image.inception import InceptionScore
 
         require_features(features)
-        of_distance: Any = 2048 if features == "inception" else _DigitFeatures("features")
-        of_score: Any = "logits_unbiased" if features == "inception" else _DigitFeatures("forward")
-        distance = FrechetInceptionDistance(of_distance, reset_real_features=False)
+        of_distance: Any = 2048
+        of_score: Any
+        if features == "inception":
+            # As papers resize; torchmetrics' default is antialiased.
+            of_score = NoTrainInceptionV3(_INCEPTION, ["logits_unbiased"], antialias=False)
+        else:
+            of_distance, of_score = _DigitFeatures("features"), _DigitFeatures("forward")
+        distance = FrechetInceptionDistance(of_distance, reset_real_features=False, antialias=False)
         self.distance = distance.to(device)
         self.score = InceptionScore(of_score).to(device) if with_score else None
         self._no_logits = torch.empty(0, _CLASSES[features], device=device)
