@@ -2,7 +2,6 @@
 
 import warnings
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -11,9 +10,6 @@ from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_file
 
 __all__ = ["load_checkpoint", "previous_checkpoint", "save_checkpoint"]
-
-# What torch.load raises for files that are cut off, overwritten or of another kind.
-_DAMAGED = (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError, OSError)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -40,7 +36,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
             state: dict[str, Any] = torch.load(file, weights_only=True, map_location=device)
         except torch.cuda.OutOfMemoryError:
             raise
-        except _DAMAGED as error:
+        except Exception as error:  # Files can be damaged in many ways.
             damaged.append(f"{file} ({type(error).__name__})")
             continue
         if damaged:

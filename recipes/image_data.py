@@ -11,7 +11,8 @@ from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from tdq_plugin.errors import INSTALL, ConfigError
+from tdq_plugin.errors import ConfigError
+from tdq_plugin.extras import INSTALL
 from tdq_plugin.recipes.config import Section
 from tdq_plugin.recipes.digits import load_digits
 

@@ -8,7 +8,8 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from tdq_plugin.errors import INSTALL, ConfigError, TDQError
+from tdq_plugin.errors import ConfigError, TDQError
+from tdq_plugin.extras import INSTALL
 
 try:
     import typer

@@ -1,7 +1,6 @@
 """The exceptions this package raises, all below `TDQError`."""
 
 __all__ = [
-    "INSTALL",
     "AdapterError",
     "CalibrationError",
     "ConfigError",
@@ -13,9 +12,6 @@ __all__ = [
     "TimestepError",
     "TraceError",
 ]
-
-# How an extra is installed, as messages say it: this package is not on PyPI.
-INSTALL = "From a checkout of tdq-plugin: pip install -c constraints.txt -e '.[{}]'"
 
 
 class TDQError(Exception):

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tdq_plugin.errors import INSTALL, ConfigError
+from tdq_plugin.errors import ConfigError
+from tdq_plugin.extras import INSTALL
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from tdq_plugin.errors import INSTALL, ConfigError
+from tdq_plugin.errors import ConfigError
+from tdq_plugin.extras import INSTALL
 
 __all__ = ["study"]
 

@@ -6,7 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tdq_plugin.errors import INSTALL, ConfigError
+from tdq_plugin.errors import ConfigError
+from tdq_plugin.extras import INSTALL
 from tdq_plugin.recipes.digits_classifier import load_classifier
 
 __all__ = [

@@ -7,7 +7,8 @@ from typing import Any, Literal, Protocol
 from diffusers import UNet2DModel
 from torch import nn
 
-from tdq_plugin.errors import INSTALL, ConfigError
+from tdq_plugin.errors import ConfigError
+from tdq_plugin.extras import INSTALL
 from tdq_plugin.recipes.bits import Bits
 from tdq_plugin.recipes.evaluation.sampling import Denoiser
 from tdq_plugin.reconstruct import CalibrationSet
