@@ -5,13 +5,12 @@ import it.
 """
 
 from tdq_plugin.errors import AdapterError
+from tdq_plugin.extras import INSTALL
 
 try:
     import openvino  # noqa: F401
 except ModuleNotFoundError as error:
-    raise AdapterError(
-        "OpenVINO is not installed. Install it: pip install 'tdq-plugin[openvino]'."
-    ) from error
+    raise AdapterError(f"OpenVINO is not installed. {INSTALL.format('openvino')}") from error
 
 from tdq_plugin.deploy.openvino.convert import to_openvino
 from tdq_plugin.deploy.openvino.denoiser import OVDenoiser
