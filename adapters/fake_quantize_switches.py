@@ -26,7 +26,7 @@ class ActivationSwitches(ActivationQuantizer):
     fake_quant_enabled: Tensor
 
     @property
-    def mode(self) -> QuantizerMode:  # type: ignore[override]
+    def mode(self) -> QuantizerMode:
         """As of `ActivationQuantizer`; whether it is `off` is in the state dict, too."""
         return self._mode
 
@@ -64,7 +64,7 @@ class WeightSwitches(WeightQuantizer):
     fake_quant_enabled: Tensor
 
     @property
-    def enabled(self) -> bool:  # type: ignore[override]
+    def enabled(self) -> bool:
         """Whether the weight is quantized; it is in the state dict, too."""
         return self._enabled
 
