@@ -14,6 +14,7 @@ from tdq_plugin.observe import Observation, TimestepObserver
 from tdq_plugin.quantizer import ActivationQuantizer
 from tdq_plugin.ranges import RangeMethod, search_range, search_scale
 from tdq_plugin.scales.bank import ScaleBank, TrainableBank
+from tdq_plugin.scales.tables import ConstantBank
 
 __all__ = ["calibrate", "calibration", "initialise_scales"]
 
@@ -110,7 +111,7 @@ def initialise_scales(
     """
     if not isinstance(bank, TrainableBank):
         raise AdapterError(f"A {type(bank).__name__} cannot be calibrated: it is frozen.")
-    if warm_start:
+    if warm_start and not isinstance(bank, ConstantBank):
         _require_spread(next(iter(observations.values())).timesteps)
     static, curves = [], []
     for name, grid in zip(bank.names, bank.grids, strict=True):

@@ -34,12 +34,14 @@ class Framework(Protocol):
         learns_rounding: Whether reconstruction can learn the rounding of the weights; else they
             keep the framework's own.
         keeps_dropout: Whether a prepared model drops out in training mode.
+        moves_zero_points: Whether a deployed model's zero points may depend on t.
     """
 
     execution: Literal["int8", "fake"]
     latency_unit: str
     learns_rounding: bool
     keeps_dropout: bool
+    moves_zero_points: bool
 
     def prepare(self, model: UNet2DModel, data: CalibrationSet, bits: Bits) -> nn.Module:
         """The framework's prepare step, then `tdq.attach`, on the model's device; not calibrated.

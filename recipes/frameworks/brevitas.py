@@ -41,6 +41,7 @@ class _Brevitas:
     )
     learns_rounding = False
     keeps_dropout = True
+    moves_zero_points = True
 
     def prepare(self, model: UNet2DModel, data: CalibrationSet, bits: Bits) -> nn.Module:
         quantized = quantize_layerwise(

@@ -51,6 +51,7 @@ class _NNCF:
     )
     learns_rounding = False
     keeps_dropout = True
+    moves_zero_points = False
 
     def prepare(self, model: UNet2DModel, data: CalibrationSet, bits: Bits) -> nn.Module:
         batches = list(data.batches(_BATCH_SIZE))

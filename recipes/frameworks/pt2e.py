@@ -28,6 +28,7 @@ class _PT2E:
     )
     learns_rounding = False
     keeps_dropout = False
+    moves_zero_points = True
 
     def prepare(self, model: UNet2DModel, data: CalibrationSet, bits: Bits) -> fx.GraphModule:
         example = (data.samples[:2], data.timesteps[:2])

@@ -24,6 +24,7 @@ class _TorchAO:
     latency_unit = "ratio to static_int8, median of paired runs"
     learns_rounding = True
     keeps_dropout = True
+    moves_zero_points = True
 
     def prepare(self, model: UNet2DModel, data: CalibrationSet, bits: Bits) -> fx.GraphModule:
         example = (data.samples[:2], data.timesteps[:2])

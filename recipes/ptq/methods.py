@@ -5,10 +5,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+from tdq_plugin.errors import ConfigError
 from tdq_plugin.ranges import RangeMethod
+from tdq_plugin.recipes.frameworks import Framework
 from tdq_plugin.scales import PAPER, ConstantBank, GeneratorBank, LearnedTableBank, TrainableBank
 
-__all__ = ["METHODS", "Method", "covers_trained_methods", "known_methods"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "check_zero_points",
+    "covers_trained_methods",
+    "known_methods",
+]
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,7 @@ class Method:
         warm_start: Whether the bank starts from the ranges of each timestep.
         trained: Whether reconstruction trains the bank.
         dynamic: Whether scales come from each input at run time instead of a bank.
+        moves_zero_points: Whether the bank gives each timestep a zero point of its own.
     """
 
     title: str
@@ -32,6 +41,7 @@ class Method:
     warm_start: bool = False
     trained: bool = False
     dynamic: bool = False
+    moves_zero_points: bool = False
 
 
 METHODS = {
@@ -81,6 +91,7 @@ METHODS = {
         partial(GeneratorBank, timestep_zero_point=True),
         warm_start=True,
         trained=True,
+        moves_zero_points=True,
     ),
     "dynamic": Method(
         "dynamic",
@@ -103,6 +114,20 @@ def known_methods(names: Names) -> Names:
     if unknown:
         raise ValueError(f"{unknown} are no methods; choose from {list(METHODS)}")
     return names
+
+
+def check_zero_points(names: Collection[str], framework: Framework, adapter: str) -> None:
+    """See that the framework can deploy the methods' zero points.
+
+    Raises:
+        ConfigError: They move with t, and the framework's are constant.
+    """
+    moving = [name for name in names if METHODS[name].moves_zero_points]
+    if moving and not framework.moves_zero_points:
+        raise ConfigError(
+            f"adapter = {adapter!r} deploys constant zero points, and those of {moving} move with "
+            "t. Leave these methods out, or choose adapter=torch_ao."
+        )
 
 
 def covers_trained_methods(training: Names, used: Collection[str]) -> Names:

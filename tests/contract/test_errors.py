@@ -86,6 +86,15 @@ def test_calibration_without_data_or_beyond_the_process(make):
         tdq.calibrate(model, [(SAMPLE, 1000)])
 
 
+def test_timesteps_that_are_fractions(make):
+    model = make()
+    fractions = [(SAMPLE, torch.tensor([0.1, 0.4, 0.6, 0.9]))]
+    with raises_and_leaves(model, CalibrationError, r"between 0 and 1.*num_timesteps=2"):
+        tdq.calibrate(model, fractions)
+    tdq.calibrate(make(tdq.ConstantBank), fractions)
+    tdq.calibrate(model, fractions, num_timesteps=2)
+
+
 def test_scale_that_is_not_finite(make):
     model = make()
     scales = torch.ones(len(tdq.scale_bank(model).names))

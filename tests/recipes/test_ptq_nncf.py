@@ -115,3 +115,12 @@ def test_nncf_does_not_name_what_stays_float(unet: UNet2DModel) -> None:
 def test_nncf_rounds_weights_itself(overrides: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"learn_rounding = true: nncf rounds weights itself"):
         PTQ.run(PTQ.configure([*overrides, "reconstruction.learn_rounding=true"]))
+
+
+def test_zero_points_that_move_are_refused(overrides: list[str]) -> None:
+    config = PTQ.configure([*overrides, "int8_methods=[lsq, tdq, tdq_zero_point]"])
+    for step in (PTQ.plan, PTQ.run):
+        with pytest.raises(
+            ConfigError, match=r"'nncf' deploys constant zero points.*zero_point'\]"
+        ):
+            step(config)
