@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tdq_plugin.errors import TDQError, TraceError
 from tdq_plugin.evaluation_mode import evaluation_mode
-from tdq_plugin.float32 import Float32Module
 from tdq_plugin.graph.compute import make_operands_positional
 from tdq_plugin.graph.concolic import ConcolicTracer
 from tdq_plugin.graph.dropout import dropout_to_modules
@@ -135,22 +134,7 @@ def _record(model: nn.Module, call: inspect.BoundArguments) -> fx.GraphModule:
             ) from error
     graph_module = fx.GraphModule(root, graph, class_name=type(model).__name__)
     dropout_to_modules(graph_module)
-    _separate_constants(graph_module)
     return graph_module
-
-
-def _separate_constants(graph_module: fx.GraphModule) -> None:
-    """Tensors that forward itself makes keep their dtype, and stay out of the state dict."""
-    constants = Float32Module()
-    for node in graph_module.graph.find_nodes(op="get_attr"):
-        name = str(node.target)
-        if name.startswith("_tensor_constant"):
-            if hasattr(graph_module, name):
-                constants.register_buffer(name[1:], getattr(graph_module, name), persistent=False)
-                delattr(graph_module, name)
-            node.target = f"traced_constants.{name[1:]}"
-    if next(constants.buffers(), None) is not None:
-        graph_module.traced_constants = constants
 
 
 def _check_forward_runs(model: nn.Module, call: inspect.BoundArguments) -> None:

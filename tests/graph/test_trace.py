@@ -394,25 +394,3 @@ def test_variadic_arguments_are_refused():
 
     with pytest.raises(TraceError, match="variadic argument 'extra'"):
         trace(Model(), {"sample": torch.ones(1), "timestep": 0, "mask": torch.ones(1)})
-
-
-class WithConstant(nn.Module):
-    """Makes a tensor of its own in forward."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(3, 3)
-
-    def forward(self, sample, timestep):
-        angle = timestep.view(-1, 1) * torch.tensor([0.1, 0.01, 0.001])
-        return self.layer(sample + angle.sin().to(sample.dtype))
-
-
-def test_constants_keep_their_precision_and_are_no_weights():
-    model = WithConstant()
-    graph_module = trace(model, (torch.randn(2, 3), 5))
-    assert graph_module.state_dict().keys() == model.state_dict().keys()
-    graph_module.load_state_dict(model.state_dict())
-    half = copy.deepcopy(graph_module).bfloat16()
-    x, t = torch.randn(4, 3).bfloat16(), torch.tensor([1, 300, 600, 999])
-    assert torch.equal(half(x, t), model.bfloat16()(x, t))

@@ -77,7 +77,8 @@ def test_the_recipes_take_all_runs_of_the_shipped_studies(name: str) -> None:
 def test_the_digits_study_shares_runs_between_parts() -> None:
     study = load_study("digits")
     names = {part: {run.name for run in study.runs(part, Path())} for part in study.parts}
-    assert {"ranges", "ptq", "qat", "intervals", "generator", "steps", "training"} == set(names)
+    parts = {"ranges", "ptq", "zero_point", "qat", "intervals", "generator", "steps", "training"}
+    assert parts == set(names)
     assert names["training"] <= names["steps"] & names["qat"] & names["generator"]
     seeds = {run.settings["seed"] for run in study.runs("qat", Path()) if "W4A4" in run.name}
     assert seeds == {0, 1, 2}
@@ -193,5 +194,7 @@ def test_a_file_that_is_no_yaml(tmp_path: Path) -> None:
 
 
 def test_a_part_that_is_not_there() -> None:
-    with pytest.raises(ConfigError, match=r"^part = 'pqt' is none of ranges, ptq, qat, intervals,"):
+    with pytest.raises(
+        ConfigError, match=r"^part = 'pqt' is none of ranges, ptq, zero_point, qat,"
+    ):
         load_study("digits").runs("pqt", Path())

@@ -96,7 +96,7 @@ def test_a_zero_point_that_moves_cannot_be_folded():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("fold", [False, True])
 def test_another_precision_is_refused(frozen, dtype, fold):
-    with pytest.raises(AdapterError, match=rf"is {dtype}, .*model\.float\(\) before"):
+    with pytest.raises(AdapterError, match=rf"is {dtype}, .*Call model\.float\(\)"):
         convert(frozen().to(dtype), fold_scales=fold)
 
 

@@ -190,7 +190,7 @@ def test_models_that_cannot_be_converted(prepare, frozen):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_another_precision_is_refused(frozen, dtype):
-    with pytest.raises(AdapterError, match=rf"is {dtype}, .*model\.float\(\) before"):
+    with pytest.raises(AdapterError, match=rf"is {dtype}, .*Call model\.float\(\)"):
         convert(frozen().to(dtype))
 
 
