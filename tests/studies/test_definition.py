@@ -194,7 +194,5 @@ def test_a_file_that_is_no_yaml(tmp_path: Path) -> None:
 
 
 def test_a_part_that_is_not_there() -> None:
-    with pytest.raises(
-        ConfigError, match=r"^part = 'pqt' is none of ranges, ptq, zero_point, qat,"
-    ):
+    with pytest.raises(ConfigError, match=r"^part = 'pqt' is none of ranges, ptq, zero_point,"):
         load_study("digits").runs("pqt", Path())
