@@ -191,11 +191,12 @@ def test_gradients_equal_the_models():
     names, parameters = zip(*model.named_parameters(), strict=True)
     expected = torch.autograd.grad(reference(model, inputs).square().sum(), parameters)
     actual = torch.autograd.grad(graph_module(**inputs).square().sum(), parameters)
+    largest = max(float(gradient.abs().max()) for gradient in expected)
     for name, left, right in zip(names, actual, expected, strict=True):
-        # Gradients that meet in one tensor are summed in another order.
-        torch.testing.assert_close(
-            left, right, rtol=1e-5, atol=1e-5 * float(right.abs().max()), msg=name
-        )
+        # Gradients that meet in one tensor are summed in another order; those of a key's bias are
+        # zero but for rounding.
+        tolerance = 1e-5 * float(right.abs().max()) + 1e-7 * largest
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=tolerance, msg=name)
 
 
 def test_deepcopy_has_its_own_parameters_and_the_same_output():

@@ -118,7 +118,8 @@ def test_nncf_rounds_weights_itself(overrides: list[str]) -> None:
 
 
 def test_zero_points_that_move_are_refused(overrides: list[str]) -> None:
-    config = PTQ.configure([*overrides, "int8_methods=[lsq, tdq, tdq_zero_point]"])
+    methods = "int8_methods=[lsq, tdq, tdq_zero_point]"
+    config = PTQ.configure([*overrides, methods, "name=moving"])
     for step in (PTQ.plan, PTQ.run):
         with pytest.raises(
             ConfigError, match=r"'nncf' deploys constant zero points.*zero_point'\]"
