@@ -89,8 +89,7 @@ def collect_trajectories(
     steps = list(scheduler.timesteps)
     conditions = {name: value.to(device) for name, value in (conditions or {}).items()}
     _check_rows(conditions, images)
-    row_bytes = 4 * torch.Size(sample_shape).numel()
-    row_bytes += sum(value[0].numel() * value.element_size() for value in conditions.values())
+    row_bytes = _row_bytes(sample_shape, conditions)
     counts = samples_per_step(len(steps), images, distribution, row_bytes, byte_budget)
     generator = torch.Generator().manual_seed(seed)
     sizes = [min(batch_size, images - start) for start in range(0, images, batch_size)]
@@ -120,6 +119,11 @@ def collect_trajectories(
         torch.cat(timesteps).to(device),
         {name: value[chosen.to(device)] for name, value in conditions.items()},
     )
+
+
+def _row_bytes(sample_shape: tuple[int, ...], conditions: Mapping[str, Tensor]) -> int:
+    conditioned = sum(value[0].numel() * value.element_size() for value in conditions.values())
+    return 4 * torch.Size(sample_shape).numel() + conditioned
 
 
 def _check_rows(conditions: Mapping[str, Tensor], images: int) -> None:

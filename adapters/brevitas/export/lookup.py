@@ -6,10 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from tdq_plugin.adapters.brevitas.proxy import TDQActQuantProxy
-from tdq_plugin.attach import scale_bank
-from tdq_plugin.errors import AdapterError
-from tdq_plugin.freeze import evaluate_table
-from tdq_plugin.scales import FrozenBank, ScaleBank
+from tdq_plugin.freeze import evaluate_table, frozen_bank
+from tdq_plugin.scales import ScaleBank
 from tdq_plugin.table import ScaleTable
 
 __all__ = ["LookupBank", "exported_table"]
@@ -66,12 +64,7 @@ def exported_table(model: nn.Module) -> ScaleTable:
     Raises:
         AdapterError: The model is not attached, or not frozen.
     """
-    bank = scale_bank(model)
-    if not isinstance(bank, FrozenBank):
-        raise AdapterError(
-            f"The model's bank is a {type(bank).__name__}, and an export holds a table. "
-            "Call tdq_plugin.freeze(model, timesteps) first."
-        )
+    bank = frozen_bank(model, "an export")
     table = bank.table
     if bank.lookup != "exact":
         low, high = float(table.timesteps[0]), float(table.timesteps[-1])
