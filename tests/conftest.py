@@ -8,6 +8,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+# OpenVINO and NNCF report what they do over the network: seconds for every converted model.
+os.environ["CI"] = "true"
+os.environ["NNCF_CI"] = "1"
 # NNCF compiles its kernels on first use, while the other test process may be busy: seconds.
 os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "300")
 # In the user's cache, the lock of a build that was killed would stop every run of the tests.

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -165,23 +166,34 @@ def execution_of(framework: Framework, name: str) -> Literal["fake", "int8"]:
 def measure(comparison: Comparison, evaluator: Evaluator) -> None:
     """Measure what has been trained, on integer kernels where framework and method allow it."""
     run, state = comparison.run, comparison.run.state
+
+    # A corrected row follows its method's.
+    @lru_cache(maxsize=1)
+    def deployed(method: str) -> Denoiser:
+        return _deployed(comparison, method, evaluator)
+
     for row, title in run.config.rows.items():
         method = method_of(row)
         execution = execution_of(run.framework, method)
         if state.result(row, execution) is None:
-            denoiser = _denoiser(comparison, row, evaluator)
+            denoiser = deployed(method)
+            if method != row:
+                denoiser = _corrected(run, method, denoiser, evaluator)
             with tqdm(total=len(evaluator.noise), desc=f"{title}: images", unit="image") as shown:
                 result = evaluator.evaluate(denoiser, shown.update, only_sampler=method != row)
             state.save_result(row, result, execution)
 
 
-def _denoiser(comparison: Comparison, row: str, evaluator: Evaluator) -> Denoiser:
-    method, run, framework = method_of(row), comparison.run, comparison.run.framework
+def _deployed(comparison: Comparison, method: str, evaluator: Evaluator) -> Denoiser:
+    framework = comparison.run.framework
     quantized = trained(comparison, method, evaluator)
     simulated = METHODS[method].dynamic
-    denoiser = framework.simulate(quantized) if simulated else framework.deploy(quantized)
-    if method == row:
-        return denoiser
+    return framework.simulate(quantized) if simulated else framework.deploy(quantized)
+
+
+def _corrected(
+    run: QATRun[ComparisonConfig], method: str, denoiser: Denoiser, evaluator: Evaluator
+) -> Denoiser:
     return corrected(
         denoiser,
         run.model,
