@@ -69,8 +69,15 @@ def _switch_modes(graph_module: fx.GraphModule) -> None:
 def _train(self: fx.GraphModule, mode: bool = True) -> fx.GraphModule:
     # torchao forbids both: its functions switch the operators, and here there are modules, too.
     nn.Module.train(self, mode)
-    (move_exported_model_to_train if mode else move_exported_model_to_eval)(self)
+    if any(_has_modes(node) for node in self.graph.nodes):
+        (move_exported_model_to_train if mode else move_exported_model_to_eval)(self)
     return self
+
+
+def _has_modes(node: fx.Node) -> bool:
+    # Those that torchao's functions look for, which takes them seconds.
+    name = str(node.target)
+    return node.op == "call_function" and ("dropout" in name or "batch_norm" in name)
 
 
 def _eval(self: fx.GraphModule) -> fx.GraphModule:

@@ -40,7 +40,7 @@ def _frozen(activations=8, weights=8, qat=True, **options):
 @pytest.fixture(scope="session")
 def unet() -> nn.Module:
     """A real UNet of diffusers with attention."""
-    return tiny_unet(dropout=0.3).eval()
+    return tiny_unet().eval()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from contract.networks import TinyDenoiser, example_inputs
+from diffusers_models import one_level_unet
 from torch import nn
 from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
@@ -104,11 +105,11 @@ def test_a_graph_without_a_timestep():
         prepare_qat_pt2e(program.module(), TDQQuantizer())
 
 
-@pytest.mark.parametrize("copies", [0, 1, 2])
-def test_training_mode_reaches_operators_and_modules(exported_unet, unet_inputs, copies):
-    """Also in copies, as an average of the weights is one."""
-    model = prepare_qat_pt2e(copy.deepcopy(exported_unet), TDQQuantizer(8, 8))
-    tdq.attach(model)
+@pytest.mark.parametrize("copies", [0, 2])
+def test_training_mode_reaches_operators_and_modules(unet_inputs, copies):
+    """Also in copies of copies, as an average of the weights is one."""
+    exported = export(one_level_unet(dropout=0.3).eval(), unet_inputs)
+    model = tdq.attach(prepare_qat_pt2e(exported, TDQQuantizer(8, 8)))
     tdq.calibrate(model, [unet_inputs], samples=16)
     model.train()
     for _ in range(copies):
