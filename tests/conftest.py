@@ -1,5 +1,6 @@
 """One thread per test process, and Hypothesis examples that are the same on every run."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,12 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_exte
 torch.set_num_threads(1)
 settings.register_profile("tdq", derandomize=True, deadline=None, max_examples=100)
 settings.load_profile("tdq")
+
+
+def pytest_collection_finish() -> None:
+    """All frameworks are imported by now, and looking for garbage in them takes a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
