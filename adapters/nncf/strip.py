@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from tdq_plugin.adapters.nncf.plain import FakeQuantizeWeight, Ratios, RescaledFakeQuantize
 from tdq_plugin.adapters.nncf.quantizer import TDQQuantizer, is_traced
-from tdq_plugin.attach import named_quantizers, scale_bank
+from tdq_plugin.attach import named_quantizers
 from tdq_plugin.errors import AdapterError, TimestepError
 from tdq_plugin.float32 import require_float32
+from tdq_plugin.freeze import frozen_bank
 from tdq_plugin.hooks import disconnect_rows
 from tdq_plugin.scales.frozen import FrozenBank
 from tdq_plugin.timestep import as_timesteps, find_timestep_argument
@@ -43,17 +44,12 @@ def strip(model: nn.Module, timestep_argument: str | None = None) -> "StrippedMo
         AdapterError: The model is not frozen, not NNCF's or not float32, a quantizer is switched
             off or dynamic, its table interpolates, or its zero points move with t.
     """
-    bank = scale_bank(model)
     if not is_wrapped(model):
         raise AdapterError(
             f"This {type(model).__name__} has no hooks of NNCF. Give a model that was quantized by "
             "nncf.quantize and prepared by tdq_plugin.adapters.nncf.prepare."
         )
-    if not isinstance(bank, FrozenBank):
-        raise AdapterError(
-            f"The model's bank is a {type(bank).__name__}. Call tdq_plugin.freeze(model, "
-            "timesteps) before strip."
-        )
+    bank = frozen_bank(model, "a stripped model")
     if bank.lookup == "linear" or bank.zero_points.shape[0] > 1:
         raise AdapterError(
             "A stripped model has constant zero points and reads rows of its table; this one has "
@@ -87,8 +83,7 @@ class StrippedModel(nn.Module):
 
     def __init__(self, model: nn.Module, timestep_argument: str) -> None:
         super().__init__()
-        bank = scale_bank(model)
-        assert isinstance(bank, FrozenBank)
+        bank = frozen_bank(model, "a stripped model")
         quantizers = [q for _, q in named_quantizers(model) if isinstance(q, TDQQuantizer)]
         base = _base_scales(quantizers, bank)
         self.register_buffer("ratios", bank.scales / base)
