@@ -1,6 +1,8 @@
 """Checkpoints of a training: the newest, and the one before it in case the newest is damaged."""
 
+import json
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,9 @@ import torch
 
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_file
+from tdq_plugin.recipes.run_state import differences
 
-__all__ = ["load_checkpoint", "previous_checkpoint", "save_checkpoint"]
+__all__ = ["check_settings", "load_checkpoint", "previous_checkpoint", "save_checkpoint"]
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -47,6 +50,28 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
             f"Damaged: {' and '.join(damaged)}. Remove them to begin this training anew."
         )
     return None
+
+
+def check_settings(
+    path: Path, written: str, wanted: dict[str, Any], changeable: Collection[str]
+) -> None:
+    """See that a checkpoint belongs to a training.
+
+    Args:
+        path: The checkpoint, for the message.
+        written: The settings that it was written with, as JSON.
+        wanted: Those of the training.
+        changeable: Settings that may differ, by dotted key.
+
+    Raises:
+        ConfigError: Others differ.
+    """
+    shown = differences(json.loads(written), wanted, changeable)
+    if shown:
+        raise ConfigError(
+            f"{path} was written with other settings: {shown}. "
+            "Choose another name=..., or remove the folder."
+        )
 
 
 def previous_checkpoint(path: Path) -> Path:

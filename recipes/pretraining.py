@@ -19,11 +19,10 @@ from tqdm.auto import tqdm
 
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_file
-from tdq_plugin.recipes.checkpoints import load_checkpoint, save_checkpoint
+from tdq_plugin.recipes.checkpoints import check_settings, load_checkpoint, save_checkpoint
 from tdq_plugin.recipes.config import RecipeConfig
 from tdq_plugin.recipes.evaluation.sampling import sample, scheduler_with
 from tdq_plugin.recipes.float_model import FloatModel
-from tdq_plugin.recipes.run_state import differences
 from tdq_plugin.study.figures import loss_curve, sample_grid
 
 __all__ = [
@@ -114,7 +113,7 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         return {
-            "config": json.dumps(self.config.model_dump(mode="json"), sort_keys=True),
+            "config": json.dumps(self.config.model_dump(mode="json")),
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -131,12 +130,7 @@ class Training:
         if state is None:
             return
         settings = self.config.model_dump(mode="json")
-        shown = differences(json.loads(state["config"]), settings, self.config.changeable)
-        if shown:
-            raise ConfigError(
-                f"{path} was written with other settings: {shown}. "
-                "Choose another name=..., or remove the folder."
-            )
+        check_settings(path, state["config"], settings, self.config.changeable)
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 import tdq_plugin as tdq
 from tdq_plugin.errors import ConfigError
-from tdq_plugin.recipes.checkpoints import load_checkpoint, save_checkpoint
+from tdq_plugin.recipes.checkpoints import check_settings, load_checkpoint, save_checkpoint
 from tdq_plugin.recipes.config import Section
 from tdq_plugin.recipes.objectives import Objective
-from tdq_plugin.recipes.run_state import differences
 from tdq_plugin.weights import WeightQuantizer
 
 __all__ = ["StepResult", "Training", "TrainingSection", "parameter_groups"]
@@ -102,7 +101,7 @@ class Training:
         changeable: Collection[str] = (),
     ) -> None:
         self.model, self.accelerator, self.section, self.seed = model, accelerator, section, seed
-        self.identity, self.changeable = json.dumps(identity, sort_keys=True), changeable
+        self.identity, self.changeable = identity, changeable
         self.step = 0
         groups = parameter_groups(model, section, scale_learning_rate)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
@@ -180,13 +179,7 @@ class Training:
         state = load_checkpoint(path, self.accelerator.device)
         if state is None:
             return False
-        known, wanted = json.loads(state["identity"]), json.loads(self.identity)
-        shown = differences(known, wanted, self.changeable)
-        if shown:
-            raise ConfigError(
-                f"{path} was written with other settings: {shown}. "
-                "Choose another name=..., or remove the folder."
-            )
+        check_settings(path, state["identity"], self.identity, self.changeable)
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -204,7 +197,7 @@ class Training:
 
     def _state(self) -> dict[str, Any]:
         return {
-            "identity": self.identity,
+            "identity": json.dumps(self.identity),
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
