@@ -34,7 +34,7 @@ SMALL = [
     "training.batch_size=4",
     "training.checkpoint_every=6",
     "training.log_every=1",
-    "evaluation.samples=100",
+    "evaluation.samples=400",
     "evaluation.trajectories=4",
 ]
 
@@ -78,7 +78,7 @@ def test_a_correction_brings_the_mean_of_the_samples_nearer(finished: Path) -> N
         for name in ("tdq_nipq", "tdq_nipq_corrected")
     }
     (float_images,) = (finished.parent / "float-images").glob("*.safetensors")
-    wanted = load_file(float_images)["images"][:100].mean(0)
+    wanted = load_file(float_images)["images"][:400].mean(0)
     distances = {name: (drawn.mean(0) - wanted).norm() for name, drawn in images.items()}
     assert distances["tdq_nipq_corrected"] < distances["tdq_nipq"]
 
