@@ -80,7 +80,7 @@ def _has_modes(node: fx.Node) -> bool:
         return False
     name = str(node.target)
     # diffusers' models have dropout with a probability of zero.
-    return "batch_norm" in name or ("dropout" in name and node.args[1] != 0)
+    return "batch_norm" in name or ("dropout" in name and bool(node.args[1] != 0))
 
 
 def _eval(self: fx.GraphModule) -> fx.GraphModule:
