@@ -4,7 +4,7 @@ BIN := .venv/bin
 .PHONY: demo test test-slow lint constraints
 
 demo: .venv/recipes.stamp
-	$(BIN)/tdq run ddim-digits-ptq name=demo reconstruction.iterations=400
+	$(BIN)/tdq run ddim-digits-ptq name=demo reconstruction.iterations=400 training.lsq.learning_rate=3e-3
 
 test: .venv/all.stamp
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
