@@ -105,9 +105,9 @@ def test_a_graph_without_a_timestep():
         prepare_qat_pt2e(program.module(), TDQQuantizer())
 
 
-@pytest.mark.parametrize("copies", [0, 2])
+@pytest.mark.parametrize("copies", [0, 1, 2])
 def test_training_mode_reaches_operators_and_modules(unet_inputs, copies):
-    """Also in copies of copies, as an average of the weights is one."""
+    """Also in copies, as an average of the weights is one."""
     exported = export(one_level_unet(dropout=0.3).eval(), unet_inputs)
     model = tdq.attach(prepare_qat_pt2e(exported, TDQQuantizer(8, 8)))
     tdq.calibrate(model, [unet_inputs], samples=16)
