@@ -28,7 +28,8 @@ __all__ = [
 CORRECTED = "_corrected"
 NOTE = (
     "Corrected: an image is added to the predicted noise at each timestep, fitted so that the mean "
-    "of the quantized model's samples is that of the float model's after every step. It belongs to "
+    "of the quantized model's samples is that of the float model's after every step. Near pure "
+    "noise, prediction and sample are scaled, too, unless correction.explained is 1. It belongs to "
     "the sampler's timesteps; at others there is no corrected row."
 )
 # Apart from the seeds of the calibration data.
@@ -41,10 +42,18 @@ class CorrectionSection(Section):
     Attributes:
         methods: Which of the methods get such a row.
         images: Samples of the quantized and of the float model that it is fitted on.
+        explained: Share of a timestep's error that gains of output and sample have to take away to
+            be used there. With 1 an image is added to the output and no more.
     """
 
     methods: list[str]
     images: int = Field(gt=1)
+    explained: float = Field(ge=0, le=1)
+
+    @property
+    def denoised(self) -> int:
+        """Images that both models denoise at each step to fit one correction."""
+        return 3 * self.images
 
     def check(self, methods: Collection[str], key: str) -> "CorrectionSection":
         """See that there are rows without the correction, too.
@@ -101,7 +110,7 @@ def corrected(
     model: FloatModel,
     scheduler: DDIMScheduler,
     path: Path,
-    images: int,
+    section: CorrectionSection,
     seed: int,
     batch_size: int = 200,
 ) -> CorrectedDenoiser:
@@ -112,14 +121,14 @@ def corrected(
         model: The float model.
         scheduler: The sampler, its timesteps set.
         path: Where it is kept: it belongs to the quantized model.
-        images: Samples of both that it is fitted on.
+        section: How it is fitted.
         seed: Of the run.
         batch_size: Samples in a call.
     """
     device = model.unet.device
     if not path.exists():
         generator = torch.Generator().manual_seed(seed + SEEDS_APART)
-        noise = torch.randn(images, *model.latent_shape, generator=generator).to(device)
+        noise = torch.randn(section.images, *model.latent_shape, generator=generator).to(device)
         title = f"{path.stem}: output correction"
         with tqdm(desc=title, total=len(scheduler.timesteps), unit="step") as progress:
             fit_output_correction(
@@ -129,5 +138,6 @@ def corrected(
                 noise,
                 batch_size,
                 progress=lambda done, total: progress.update(done - progress.n),
+                explained=section.explained,
             ).save(path)
     return CorrectedDenoiser(denoiser, load_correction(path).to(device))

@@ -1,4 +1,4 @@
-"""Fit an output correction: what a quantized denoiser's samples lack on average, step by step."""
+"""Fit an output correction: what a quantized denoiser and its samples lack, step by step."""
 
 import copy
 import math
@@ -22,14 +22,21 @@ def fit_output_correction(
     noise: Tensor,
     batch_size: int = 200,
     progress: Callable[[int, int], None] | None = None,
+    explained: float = 0.95,
 ) -> OutputCorrection:
-    """Fit offsets that give the model's samples the reference's mean image after every step.
+    """Fit gains that tell the reference's output near pure noise, and offsets of the samples' mean.
 
-    Both sample from the same noise. Errors of a quantized model add up along its own trajectory,
-    which a correction fitted on the reference's trajectory (as PTQD, arXiv 2305.10657, fits the
-    mean of the quantization noise) does not see. Each pixel's mean is reduced by the share of its
-    square that N samples give by chance: late steps, where a small shift of the sample is a large
-    one of the noise, are hardly touched.
+    Both sample from the same noise. Near pure noise the reference's output is a linear function of
+    the sample, to within less than the rounding error of a quantized model: there gains of sample
+    and output, by least squares on the reference's samples, take nearly all of the error away.
+    Where they take less than the share `explained`, they would also shrink what the model knows
+    about the image, and are left out. PTQD (arXiv 2305.10657, section 4) corrects the output alone,
+    by the correlation of its error with itself.
+
+    The offset gives the model's samples, corrected so far, the reference's mean image after every
+    step, as errors add up along the model's own trajectory. Each pixel's mean is reduced by the
+    share of its square that N samples give by chance: late steps, where a small shift of the sample
+    is a large one of the noise, are hardly touched.
 
     Args:
         model: The quantized denoiser.
@@ -39,11 +46,15 @@ def fit_output_correction(
         noise: Starting noise, shape `(N, C, H, W)`; 1,024 samples and more find small shifts.
         batch_size: Samples in one call of the models.
         progress: Called with the number of finished and of all steps.
+        explained: Share of the mean squared error, from 0 to 1, that gains have to take away to be
+            used at a timestep. With 1 there are none, and offsets do all.
 
     Raises:
-        CalibrationError: There are fewer than two samples, or the scheduler's step is not linear
-            in the predicted noise.
+        CalibrationError: There are fewer than two samples, `explained` is no share, or the
+            scheduler's step is not linear in the predicted noise.
     """
+    if not 0 <= explained <= 1:
+        raise CalibrationError(f"explained = {explained} is no share of an error: 0 to 1.")
     if len(noise) < 2:
         raise CalibrationError(
             f"{len(noise)} samples do not tell a shift from chance. Give 2 or more, better 1,024."
@@ -52,31 +63,63 @@ def fit_output_correction(
     tried = copy.deepcopy(scheduler)
     slopes = [_slope(tried, t, noise) for t in scheduler.timesteps]
     ours, theirs = noise, noise
-    offsets = []
+    rows = []
     for step, (timestep, slope) in enumerate(zip(scheduler.timesteps, slopes, strict=True)):
-        ours = _advance(model, scheduler, timestep, ours, batch_size)
-        theirs = _advance(reference, scheduler, timestep, theirs, batch_size)
+        wanted = _predict(reference, theirs, timestep, batch_size)
+        found = _predict(model, theirs, timestep, batch_size)
+        output_gain, sample_gain = _gains(found, theirs, wanted, explained)
+        output = _scaled(_predict(model, ours, timestep, batch_size), output_gain)
+        output += _scaled(ours, sample_gain)
+        ours = scheduler.step(output, timestep, ours).prev_sample
+        theirs = scheduler.step(wanted, timestep, theirs).prev_sample
         # In half precision, the square of a mean vanishes, and the mean with it.
         shift = _shrunken_mean(theirs.float() - ours.float())
         ours = (ours + shift).to(noise.dtype)
-        offsets.append(shift / slope)
+        rows.append((timestep.float(), output_gain, sample_gain, shift / slope))
         if progress is not None:
             progress(step + 1, len(slopes))
-    return OutputCorrection(scheduler.timesteps.float().flip(0), torch.stack(offsets).flip(0))
+    columns = zip(*reversed(rows), strict=True)
+    return OutputCorrection(*(torch.stack(column) for column in columns))
 
 
-def _advance(
+def _predict(
     denoiser: Callable[[Tensor, Tensor], Tensor],
-    scheduler: Any,
-    timestep: Tensor,
     samples: Tensor,
+    timestep: Tensor,
     batch_size: int,
 ) -> Tensor:
-    following = [
-        scheduler.step(denoiser(part, timestep), timestep, part).prev_sample
-        for part in samples.split(batch_size)
-    ]
-    return torch.cat(following)
+    return torch.cat([denoiser(part, timestep) for part in samples.split(batch_size)])
+
+
+def _gains(
+    output: Tensor, sample: Tensor, wanted: Tensor, explained: float
+) -> tuple[Tensor, Tensor]:
+    """For each channel, the factors of output and sample that come nearest to what is wanted.
+
+    They are 1 and 0 in channels whose error they explain too little of. Means are left to the
+    offset.
+    """
+    known = torch.stack([_centred(output), _centred(sample)], dim=-1)
+    missing = (_centred(wanted) - known[..., 0])[..., None]
+    products = known.mT @ known
+    # Output and sample are almost the same there: the ridge lets them share the correction.
+    ridge = 1e-8 * products.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
+    products = products + ridge[:, None, None] * torch.eye(2, device=output.device)
+    change = torch.linalg.solve(products, known.mT @ missing)
+    left, before = ((missing - known @ part).square().sum(1) for part in (change, 0 * change))
+    used = left < (1 - explained) * before
+    change = torch.where(used, change[..., 0], 0).float()
+    return 1 + change[:, 0], change[:, 1]
+
+
+def _centred(images: Tensor) -> Tensor:
+    """Without the mean image, in float64, shape `(C, N * H * W)`."""
+    images = images.double()
+    return (images - images.mean(0)).transpose(0, 1).flatten(1)
+
+
+def _scaled(images: Tensor, gain: Tensor) -> Tensor:
+    return (gain[:, None, None] * images).to(images.dtype)
 
 
 def _shrunken_mean(differences: Tensor) -> Tensor:

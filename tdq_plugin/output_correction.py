@@ -1,4 +1,4 @@
-"""The output correction: offsets of the predicted noise, one for each timestep of a sampler."""
+"""The output correction: gains and an offset of the predicted noise for each timestep."""
 
 import json
 from collections.abc import Callable
@@ -17,49 +17,91 @@ from tdq_plugin.timestep import as_timesteps
 
 __all__ = ["CorrectedDenoiser", "OutputCorrection", "load_correction"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_TENSORS = ("timesteps", "output_gains", "sample_gains", "offsets")
 _METADATA = {"format": "tdq-output-correction", "version": str(FORMAT_VERSION)}
 
 
 class OutputCorrection(Float32Module):
-    """Offsets that are added to the predicted noise, one for each timestep of a sampler.
+    """What a quantized denoiser's output is replaced with, at each timestep of a sampler.
+
+    The corrected output is `output_gain * output + sample_gain * sample + offset`. Near pure noise
+    the predicted noise is almost the sample itself, which quantization blurs and the sampler still
+    has: that is what the gain of the sample brings back.
 
     Args:
         timesteps: Ascending, shape `(S,)`.
+        output_gains: Of the model's output, one for each channel, shape `(S, C)`.
+        sample_gains: Of the noisy sample that the model was given, shape `(S, C)`.
         offsets: Shape `(S, C, H, W)`.
 
     Raises:
-        ScaleError: The shapes do not fit together, the timesteps do not ascend, or an offset is
-            not finite.
+        ScaleError: The shapes do not fit together, the timesteps do not ascend, or a value is not
+            finite.
 
     Example:
-        >>> correction = OutputCorrection(torch.tensor([0.0, 500.0]), torch.ones(2, 1, 4, 4))
-        >>> correction(torch.zeros(3, 1, 4, 4), 500).mean()
-        tensor(1.)
+        >>> ones = torch.ones(2, 1)
+        >>> timesteps, offsets = torch.tensor([0.0, 500.0]), torch.ones(2, 1, 4, 4)
+        >>> correction = OutputCorrection(timesteps, 2 * ones, -ones, offsets)
+        >>> output, sample = torch.full((3, 1, 4, 4), 5.0), torch.full((3, 1, 4, 4), 4.0)
+        >>> correction(output, 500, sample).mean()
+        tensor(7.)
     """
 
     timesteps: Tensor
+    output_gains: Tensor
+    sample_gains: Tensor
     offsets: Tensor
 
-    def __init__(self, timesteps: Tensor, offsets: Tensor) -> None:
+    def __init__(
+        self, timesteps: Tensor, output_gains: Tensor, sample_gains: Tensor, offsets: Tensor
+    ) -> None:
         super().__init__()
-        if timesteps.dim() != 1 or len(timesteps) != len(offsets) or len(offsets) == 0:
+        shapes = [tuple(part.shape) for part in (timesteps, output_gains, sample_gains, offsets)]
+        steps, channels = shapes[3][:1], shapes[3][:2]
+        if len(shapes[3]) != 4 or steps == (0,) or shapes[:3] != [steps, channels, channels]:
             raise ScaleError(
-                f"{tuple(timesteps.shape)} timesteps and offsets {tuple(offsets.shape)}: there is "
-                "one offset for each timestep."
+                f"Timesteps, gains of output and sample, and offsets of shapes {shapes}: for each "
+                "timestep there is a gain for each channel, and an offset (C, H, W)."
             )
-        if not bool((timesteps.diff() > 0).all()) or not bool(offsets.isfinite().all()):
-            raise ScaleError("The timesteps of a correction ascend and its offsets are finite.")
+        values = (output_gains, sample_gains, offsets)
+        if not bool((timesteps.diff() > 0).all()) or not all(v.isfinite().all() for v in values):
+            raise ScaleError(
+                "The timesteps of a correction ascend, and its gains and offsets are finite."
+            )
         self.register_buffer("timesteps", timesteps.float())
+        self.register_buffer("output_gains", output_gains.float())
+        self.register_buffer("sample_gains", sample_gains.float())
         self.register_buffer("offsets", offsets.float())
 
-    def forward(self, output: Tensor, timestep: Tensor | float) -> Tensor:
-        """The corrected output, shape `(B, C, H, W)`; one timestep, or one for each sample.
+    def forward(self, output: Tensor, timestep: Tensor | float, sample: Tensor) -> Tensor:
+        """The corrected output.
+
+        Args:
+            output: Of the model, shape `(B, C, H, W)`.
+            timestep: One timestep, or one for each sample.
+            sample: What the model was given, same shape.
 
         Raises:
             LookupRuleError: The correction was not fitted for a timestep.
-            ScaleError: The output has another shape, or not as many samples as there are timesteps.
+            ScaleError: Output or sample have another shape, or not as many samples as there are
+                timesteps.
         """
+        row = self._row(timestep)
+        offsets = self.offsets[row]
+        same = output.shape == sample.shape and output.shape[1:] == offsets.shape[1:]
+        if not same or len(offsets) not in (1, len(output)):
+            raise ScaleError(
+                f"A correction with offsets of shape {tuple(offsets.shape)} was given an output of "
+                f"shape {tuple(output.shape)} and a sample of shape {tuple(sample.shape)}. Give "
+                "one timestep, or one for each sample, and fit a correction for this size."
+            )
+        output_gains, sample_gains = (
+            gains[row][..., None, None] for gains in (self.output_gains, self.sample_gains)
+        )
+        return (output_gains * output + sample_gains * sample + offsets).to(output.dtype)
+
+    def _row(self, timestep: Tensor | float) -> Tensor:
         wanted = as_timesteps(timestep, self.timesteps.device)
         row = torch.searchsorted(self.timesteps, wanted).clamp(max=len(self.timesteps) - 1)
         known = self.timesteps[row] == wanted
@@ -68,14 +110,7 @@ class OutputCorrection(Float32Module):
                 f"The output correction has no timestep {wanted[~known].tolist()[:5]}; it was "
                 f"fitted for {self.timesteps.tolist()}. Fit one for this sampler."
             )
-        offsets = self.offsets[row]
-        if output.shape[1:] != offsets.shape[1:] or len(offsets) not in (1, len(output)):
-            raise ScaleError(
-                f"Offsets of shape {tuple(offsets.shape)} were added to an output of shape "
-                f"{tuple(output.shape)}. Give one timestep, or one for each sample, and fit a "
-                "correction for this size."
-            )
-        return output + offsets.to(output.dtype)
+        return row
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically."""
@@ -93,12 +128,12 @@ def load_correction(path: str | Path) -> OutputCorrection:
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata, keys = file.metadata() or {}, set(file.keys())
-            if metadata != _METADATA or keys != {"timesteps", "offsets"}:
+            if metadata != _METADATA or keys != set(_TENSORS):
                 raise TableFormatError(
                     f"{path} holds {sorted(keys)} with the metadata {json.dumps(metadata)}; "
-                    f"an output correction of version {FORMAT_VERSION} is expected."
+                    f"an output correction of version {FORMAT_VERSION} is expected. Fit it anew."
                 )
-            return OutputCorrection(file.get_tensor("timesteps"), file.get_tensor("offsets"))
+            return OutputCorrection(*(file.get_tensor(key) for key in _TENSORS))
     except (SafetensorError, OSError) as error:
         raise TableFormatError(f"{path} is not a readable safetensors file: {error}.") from error
 
@@ -120,10 +155,10 @@ class CorrectedDenoiser(nn.Module):
         """The model's output in the model's form, corrected."""
         output = self.model(sample, timestep, *args, **kwargs)
         if isinstance(output, Tensor):
-            return self.correction(output, timestep)
+            return self.correction(output, timestep, sample)
         if isinstance(output, tuple):
-            return (self.correction(output[0], timestep), *output[1:])
-        output.sample = self.correction(output.sample, timestep)
+            return (self.correction(output[0], timestep, sample), *output[1:])
+        output.sample = self.correction(output.sample, timestep, sample)
         return output
 
     @property

@@ -20,6 +20,11 @@ import tdq_plugin as tdq
 from tdq_plugin.errors import CalibrationError, LookupRuleError, ScaleError, TableFormatError
 
 
+def offsets_only(timesteps: Tensor, offsets: Tensor) -> tdq.OutputCorrection:
+    ones = torch.ones(offsets.shape[:2])
+    return tdq.OutputCorrection(timesteps, ones, 0 * ones, offsets)
+
+
 def sampler(**settings: object) -> DDIMScheduler:
     scheduler = DDIMScheduler(**{"clip_sample": False, **settings})
     scheduler.set_timesteps(8)
@@ -38,7 +43,7 @@ def biased(x: Tensor, t: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_casting_a_model_leaves_the_timesteps_of_its_correction(dtype: torch.dtype) -> None:
-    correction = tdq.OutputCorrection(torch.tensor([998.0, 999.0]), torch.ones(2, 1, 2, 2) * 0.5)
+    correction = offsets_only(torch.tensor([998.0, 999.0]), torch.ones(2, 1, 2, 2) * 0.5)
     corrected = tdq.CorrectedDenoiser(lambda x, t: x, correction).to(dtype)
     output = corrected(torch.zeros(1, 1, 2, 2, dtype=dtype), 999)
     assert output.dtype == dtype
@@ -73,6 +78,60 @@ def test_mean_samples_become_the_references(
         assert (corrected[step] - mean).abs().max() < 0.05 * (uncorrected[step] - mean).abs().max()
 
 
+def test_gains_find_what_output_and_sample_tell(noise: Tensor) -> None:
+    """Each channel has its own error, which is linear in both."""
+    noise = noise.reshape(32, 2, 4, 4)
+    kept = torch.tensor([0.9, 1.2])[:, None, None]
+    added = torch.tensor([0.05, -0.1])[:, None, None]
+
+    def blurred(x: Tensor, t: Tensor) -> Tensor:
+        return kept * reference(x, t) + added * x + 0.1
+
+    correction = tdq.fit_output_correction(blurred, reference, sampler(), noise)
+    expected = (1 / kept).flatten().expand(8, 2), (-added / kept).flatten().expand(8, 2)
+    torch.testing.assert_close(correction.output_gains, expected[0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(correction.sample_gains, expected[1], rtol=1e-3, atol=1e-3)
+    corrected = tdq.CorrectedDenoiser(blurred, correction)
+    other = torch.randn(16, 2, 4, 4)
+    timestep = sampler().timesteps[3]
+    torch.testing.assert_close(
+        corrected(other, timestep), reference(other, timestep), atol=1e-3, rtol=1e-3
+    )
+
+
+def test_output_and_sample_may_be_the_same(noise: Tensor) -> None:
+    """Near pure noise they almost are; the gains stay small all the same."""
+    correction = tdq.fit_output_correction(lambda x, t: 0.9 * x, lambda x, t: x, sampler(), noise)
+    together = 0.9 * correction.output_gains + correction.sample_gains
+    torch.testing.assert_close(together, torch.ones(8, 1), rtol=1e-4, atol=1e-4)
+    assert correction.output_gains.max() < 1.2
+    assert correction.sample_gains.abs().max() < 0.2
+
+
+def test_gains_that_explain_little_are_left_out(noise: Tensor) -> None:
+    """They would shrink what is not linear in the sample; here that is small above t = 500."""
+
+    def curved(x: Tensor, t: Tensor) -> Tensor:
+        return 0.7 * x + (0.001 if t > 500 else 1) * (x * 3).sin()
+
+    def rounded(x: Tensor, t: Tensor) -> Tensor:
+        return (curved(x, t) * 4).round() / 4
+
+    correction = tdq.fit_output_correction(rounded, curved, sampler(), noise)
+    low = correction.timesteps <= 500
+    assert correction.output_gains[low].unique().tolist() == [1.0]
+    assert correction.sample_gains[low].unique().tolist() == [0.0]
+    assert correction.output_gains[~low].abs().max() < 0.1
+    assert (correction.sample_gains[~low] - 0.7).abs().max() < 0.1
+
+
+def test_without_gains_offsets_do_all(noise: Tensor) -> None:
+    correction = tdq.fit_output_correction(biased, reference, sampler(), noise, explained=1)
+    assert correction.output_gains.unique().tolist() == [1.0]
+    assert correction.sample_gains.unique().tolist() == [0.0]
+    assert correction.offsets.any()
+
+
 def test_small_shifts_in_half_precision(noise: Tensor) -> None:
     """Their squares are below what float16 can hold."""
 
@@ -82,12 +141,15 @@ def test_small_shifts_in_half_precision(noise: Tensor) -> None:
     def exact(x: Tensor, t: Tensor) -> Tensor:
         return 0.7 * x
 
-    single, half = (
-        tdq.fit_output_correction(shifted, exact, sampler(), (noise * 0.01).to(dtype))
-        for dtype in (torch.float32, torch.float16)
-    )
-    assert single.offsets.mean() == pytest.approx(-1e-4, rel=0.1)
-    assert half.offsets.mean() == pytest.approx(-1e-4, rel=0.3)
+    for dtype, tolerance in ((torch.float32, 0.1), (torch.float16, 0.3)):
+        for explained in (0.95, 1):
+            correction = tdq.fit_output_correction(
+                shifted, exact, sampler(), (noise * 0.01).to(dtype), explained=explained
+            )
+            corrected = tdq.CorrectedDenoiser(shifted, correction)
+            x = noise * 0.01
+            left = [(corrected(x, t) - exact(x, t)).mean() for t in sampler().timesteps]
+            assert abs(torch.stack(left).mean()) < tolerance * 1e-4
 
 
 def test_a_model_without_bias_is_hardly_touched(noise: Tensor) -> None:
@@ -101,18 +163,17 @@ def test_a_model_without_bias_is_hardly_touched(noise: Tensor) -> None:
 
 
 def test_a_mixed_batch_equals_its_samples(correction: tdq.OutputCorrection) -> None:
-    output = torch.randn(8, 1, 4, 4)
+    output, sample = torch.randn(8, 1, 4, 4), torch.randn(8, 1, 4, 4)
     timesteps = sampler().timesteps
-    mixed = correction(output, timesteps)
+    mixed = correction(output, timesteps, sample)
     for row, timestep in enumerate(timesteps):
-        torch.testing.assert_close(
-            mixed[row : row + 1], correction(output[row : row + 1], timestep)
-        )
+        one = slice(row, row + 1)
+        torch.testing.assert_close(mixed[one], correction(output[one], timestep, sample[one]))
 
 
 def test_another_samplers_timestep_is_refused(correction: tdq.OutputCorrection) -> None:
     with pytest.raises(LookupRuleError, match=r"no timestep \[7.0\].*Fit one for this sampler"):
-        correction(torch.zeros(1, 1, 4, 4), 7)
+        correction(torch.zeros(1, 1, 4, 4), 7, torch.zeros(1, 1, 4, 4))
 
 
 def test_it_comes_back_bit_equal(tmp_path: Path, correction: tdq.OutputCorrection) -> None:
@@ -125,26 +186,36 @@ def test_it_comes_back_bit_equal(tmp_path: Path, correction: tdq.OutputCorrectio
 def test_other_files_are_refused(tmp_path: Path) -> None:
     save_file({"timesteps": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"\x01")
-    with pytest.raises(TableFormatError, match=r"holds \['timesteps'\].* version 1 is expected"):
+    with pytest.raises(
+        TableFormatError, match=r"holds \['timesteps'\].* version 2 is expected. Fit it anew"
+    ):
         tdq.load_correction(tmp_path / "other.safetensors")
     for name in ("broken", "missing"):
         with pytest.raises(TableFormatError, match="not a readable safetensors file"):
             tdq.load_correction(tmp_path / f"{name}.safetensors")
 
 
+ONES = torch.ones(2, 1)
+POSSIBLE = (torch.tensor([0.0, 1.0]), ONES, ONES, torch.zeros(2, 1, 4, 4))
+
+
 @pytest.mark.parametrize(
-    ("timesteps", "offsets", "message"),
+    ("changed", "value", "message"),
     [
-        (torch.zeros(2), torch.zeros(3, 1, 1, 1), "one offset for each timestep"),
-        (torch.tensor([5.0, 1.0]), torch.zeros(2, 1, 1, 1), "timesteps of a correction ascend"),
-        (torch.tensor([0.0]), torch.full((1, 1, 1, 1), torch.nan), "offsets are finite"),
+        (0, torch.zeros(3), r"shapes \[\(3,\), .*a gain for each channel, and an offset"),
+        (1, torch.ones(2, 3), r"\(2, 3\), .*a gain for each channel"),
+        (2, torch.ones(2), r"\(2,\), .*a gain for each channel"),
+        (3, torch.zeros(2, 4, 4), r"an offset \(C, H, W\)"),
+        (0, torch.tensor([5.0, 1.0]), "timesteps of a correction ascend"),
+        (2, torch.full((2, 1), torch.inf), "gains and offsets are finite"),
+        (3, torch.full((2, 1, 4, 4), torch.nan), "gains and offsets are finite"),
     ],
 )
-def test_impossible_corrections_are_refused(
-    timesteps: Tensor, offsets: Tensor, message: str
-) -> None:
+def test_impossible_corrections_are_refused(changed: int, value: Tensor, message: str) -> None:
+    parts = list(POSSIBLE)
+    parts[changed] = value
     with pytest.raises(ScaleError, match=message):
-        tdq.OutputCorrection(timesteps, offsets)
+        tdq.OutputCorrection(*parts)
 
 
 @pytest.mark.parametrize("setting", ["clip_sample", "thresholding"])
@@ -172,6 +243,11 @@ def test_samplers_that_remember_steps_are_refused_and_unchanged(
     assert str(vars(scheduler)) == str(before)
 
 
+def test_what_is_no_share_is_refused(noise: Tensor) -> None:
+    with pytest.raises(CalibrationError, match=r"explained = 95 is no share"):
+        tdq.fit_output_correction(biased, reference, sampler(), noise, explained=95)
+
+
 def test_one_sample_is_refused(noise: Tensor) -> None:
     with pytest.raises(CalibrationError, match=r"1 samples do not tell.*Give 2"):
         tdq.fit_output_correction(biased, reference, sampler(), noise[:1])
@@ -183,8 +259,8 @@ def test_one_sample_is_refused(noise: Tensor) -> None:
 def test_shapes_that_would_broadcast_are_refused(
     correction: tdq.OutputCorrection, shape: tuple[int, ...], timesteps: Any
 ) -> None:
-    with pytest.raises(ScaleError, match=r"Offsets of shape .* fit a correction for this size"):
-        correction(torch.zeros(shape), torch.tensor(timesteps))
+    with pytest.raises(ScaleError, match=r"offsets of shape .* fit a correction for this size"):
+        correction(torch.zeros(shape), torch.tensor(timesteps), torch.zeros(shape))
 
 
 def test_it_takes_the_unets_place_in_a_pipeline() -> None:
@@ -198,7 +274,7 @@ def test_it_takes_the_unets_place_in_a_pipeline() -> None:
         norm_num_groups=4,
     )
     scheduler = sampler()
-    correction = tdq.OutputCorrection(scheduler.timesteps.flip(0), torch.full((8, 1, 8, 8), 0.1))
+    correction = offsets_only(scheduler.timesteps.flip(0), torch.full((8, 1, 8, 8), 0.1))
     pipeline = DDIMPipeline(unet, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet = tdq.CorrectedDenoiser(unet, correction)

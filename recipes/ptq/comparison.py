@@ -93,7 +93,7 @@ def measure(run: ComparisonRun, states: MethodStates) -> None:
                 run.model,
                 run.evaluator.scheduler,
                 run.state.correction_path(name),
-                run.config.correction.images,
+                run.config.correction,
                 run.config.seed,
             )
             _measure(run, row, framework.execution, denoiser, only_sampler=True)

@@ -152,7 +152,7 @@ def _denoiser(run: FullSizePTQRun, states: MethodStates, row: str) -> Denoiser:
             run.model,
             run.sampler,
             run.state.correction_path(method),
-            run.config.correction.images,
+            run.config.correction,
             run.config.seed,
             run.config.batch_size,
         )

@@ -67,5 +67,5 @@ def plan_of(recipe: str, config: FullSizePTQConfig) -> Plan:
 def _correction(config: FullSizePTQConfig) -> str:
     section = config.correction
     titles = ", ".join(METHODS[name].title for name in section.methods)
-    calls = 2 * section.images * config.evaluation.steps
+    calls = section.denoised * config.evaluation.steps
     return f"{titles}: {calls:,} denoised images for each" if titles else "none"

@@ -199,7 +199,7 @@ def _corrected(
         run.model,
         evaluator.scheduler,
         run.state.correction_path(method),
-        run.config.correction.images,
+        run.config.correction,
         run.config.seed,
     )
 

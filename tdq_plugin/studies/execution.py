@@ -189,8 +189,7 @@ def run_in_a_process(run: PlannedRun, logs: Path) -> str | None:
 def _expected_seconds(cost: Cost, config: Any) -> float:
     if not hasattr(config, "methods"):
         return cost.start
-    # A correction is fitted on images of the quantized and of the float model.
-    fitted_on = 2 * len(config.correction.methods) * config.correction.images
+    fitted_on = len(config.correction.methods) * config.correction.denoised
     images = len(config.rows) * config.evaluation.samples + fitted_on
     training = len(config.methods) * cost.method
     return float(cost.start + training + images * config.steps * cost.step)

@@ -34,7 +34,8 @@ SMALL = [
     "calibration.images=4",
     "reconstruction.iterations=2",
     "reconstruction.batch_size=4",
-    "correction={methods: [lsq], images: 4}",
+    "correction.methods=[lsq]",
+    "correction.images=4",
     "evaluation.samples=100",
     "evaluation.steps=2",
 ]
@@ -215,7 +216,7 @@ def test_the_plan(plan: str) -> None:
         r"steps +2,000 in batches of 32 for each of: static LSQ, TDQ",
         r"memory +\d\.\d\d GB: .* MB for each of 32 samples",
         r"50,000 images by 100 DDIM steps .* 4 quantized ones, 25,000,000 denoised images",
-        r"correction +static LSQ: 204,800 denoised images for each",
+        r"correction +static LSQ: 307,200 denoised images for each",
         r"results +runs/ddim-cifar10-ptq-torch_ao-W8A5-minmax-seed0",
     ):
         assert re.search(expected, plan)

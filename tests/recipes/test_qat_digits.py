@@ -25,7 +25,11 @@ from tdq_plugin.study.schema import METRICS, validate_report
 
 QAT = find_recipe("ddim-digits-qat")
 TRAINED = ["tdq_nipq", "dynamic"]
-CHOSEN = [f"methods=[{', '.join(TRAINED)}]", "correction={methods: [tdq_nipq], images: 400}"]
+CHOSEN = [
+    f"methods=[{', '.join(TRAINED)}]",
+    "correction.methods=[tdq_nipq]",
+    "correction.images=400",
+]
 SMALL = [
     "threads=1",
     "steps=4",
