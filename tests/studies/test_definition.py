@@ -78,7 +78,7 @@ def test_the_digits_study_shares_runs_between_parts() -> None:
     study = load_study("digits")
     names = {part: {run.name for run in study.runs(part, Path())} for part in study.parts}
     others = {"ranges", "qat", "intervals", "generator", "steps", "training"}
-    assert {"ptq", "zero_point", "longer", *others} == set(names)
+    assert {"ptq", "zero_point", "longer", "gains", *others} == set(names)
     assert names["zero_point"] < names["longer"]
     assert names["training"] <= names["steps"] & names["qat"] & names["generator"]
     seeds = {run.settings["seed"] for run in study.runs("qat", Path()) if "W4A4" in run.name}
