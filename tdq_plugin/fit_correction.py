@@ -104,17 +104,17 @@ def _gains(
     products = known.mT @ known
     # Output and sample are almost the same there: the ridge lets them share the correction.
     ridge = 1e-8 * products.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
-    products = products + ridge[:, None, None] * torch.eye(2, device=output.device)
+    products = products + ridge[:, None, None] * torch.eye(2)
     change = torch.linalg.solve(products, known.mT @ missing)
     left, before = ((missing - known @ part).square().sum(1) for part in (change, 0 * change))
     used = left < (1 - explained) * before
-    change = torch.where(used, change[..., 0], 0).float()
+    change = torch.where(used, change[..., 0], 0).float().to(output.device)
     return 1 + change[:, 0], change[:, 1]
 
 
 def _centred(images: Tensor) -> Tensor:
-    """Without the mean image, in float64, shape `(C, N * H * W)`."""
-    images = images.double()
+    """Without the mean image, shape `(C, N * H * W)`, in float64, which not every device has."""
+    images = images.cpu().double()
     return (images - images.mean(0)).transpose(0, 1).flatten(1)
 
 
