@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tdq_plugin.errors import CalibrationError
-from tdq_plugin.output_correction import OutputCorrection
+from tdq_plugin.output_correction import OutputCorrection, with_gains
 
 __all__ = ["fit_output_correction"]
 
@@ -68,8 +68,8 @@ def fit_output_correction(
         wanted = _predict(reference, theirs, timestep, batch_size)
         found = _predict(model, theirs, timestep, batch_size)
         output_gain, sample_gain = _gains(found, theirs, wanted, explained)
-        output = _scaled(_predict(model, ours, timestep, batch_size), output_gain)
-        output += _scaled(ours, sample_gain)
+        output = _predict(model, ours, timestep, batch_size)
+        output = with_gains(output, ours, output_gain, sample_gain).to(noise.dtype)
         ours = scheduler.step(output, timestep, ours).prev_sample
         theirs = scheduler.step(wanted, timestep, theirs).prev_sample
         # In half precision, the square of a mean vanishes, and the mean with it.
@@ -106,8 +106,8 @@ def _gains(
     ridge = 1e-8 * products.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
     products = products + ridge[:, None, None] * torch.eye(2)
     change = torch.linalg.solve(products, known.mT @ missing)
-    left, before = ((missing - known @ part).square().sum(1) for part in (change, 0 * change))
-    used = left < (1 - explained) * before
+    left = (missing - known @ change).square().sum(1)
+    used = left < (1 - explained) * missing.square().sum(1)
     change = torch.where(used, change[..., 0], 0).float().to(output.device)
     return 1 + change[:, 0], change[:, 1]
 
@@ -116,10 +116,6 @@ def _centred(images: Tensor) -> Tensor:
     """Without the mean image, shape `(C, N * H * W)`, in float64, which not every device has."""
     images = images.cpu().double()
     return (images - images.mean(0)).transpose(0, 1).flatten(1)
-
-
-def _scaled(images: Tensor, gain: Tensor) -> Tensor:
-    return (gain[:, None, None] * images).to(images.dtype)
 
 
 def _shrunken_mean(differences: Tensor) -> Tensor:

@@ -96,10 +96,8 @@ class OutputCorrection(Float32Module):
                 f"shape {tuple(output.shape)} and a sample of shape {tuple(sample.shape)}. Give "
                 "one timestep, or one for each sample, and fit a correction for this size."
             )
-        output_gains, sample_gains = (
-            gains[row][..., None, None] for gains in (self.output_gains, self.sample_gains)
-        )
-        return (output_gains * output + sample_gains * sample + offsets).to(output.dtype)
+        scaled = with_gains(output, sample, self.output_gains[row], self.sample_gains[row])
+        return (scaled + offsets).to(output.dtype)
 
     def _row(self, timestep: Tensor | float) -> Tensor:
         wanted = as_timesteps(timestep, self.timesteps.device)
@@ -117,6 +115,19 @@ class OutputCorrection(Float32Module):
         tensors = {key: value.contiguous() for key, value in self.state_dict().items()}
         with atomic_file(path) as temporary:
             save_file(tensors, temporary, _METADATA)
+
+
+def with_gains(
+    output: Tensor, sample: Tensor, output_gains: Tensor, sample_gains: Tensor
+) -> Tensor:
+    """Output and sample `(B, C, H, W)`, scaled by a gain for each channel and added, in float32.
+
+    Example:
+        >>> images = torch.ones(1, 2, 1, 1)
+        >>> with_gains(images, images, torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])).flatten()
+        tensor([4., 6.])
+    """
+    return output_gains[..., None, None] * output + sample_gains[..., None, None] * sample
 
 
 def load_correction(path: str | Path) -> OutputCorrection:

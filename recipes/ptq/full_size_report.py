@@ -31,7 +31,7 @@ __all__ = ["write_results"]
 COLUMNS = {"frechet_distance": "Fréchet distance ↓", "inception_score": "Inception score ↑"}
 CORRECTION = (
     "The method with an output correction: its prediction is brought near the float model's, and "
-    "after every step the mean of its samples is that of the float model's."
+    "after every step, the mean of its samples is that of the float model's."
 )
 
 

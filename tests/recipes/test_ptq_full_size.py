@@ -101,7 +101,7 @@ def test_a_corrected_model_is_saved_with_its_correction(finished: Path) -> None:
     assert not torch.equal(images("lsq"), images("lsq_corrected"))
     page = (finished / "results.html").read_text(encoding="utf-8")
     assert "<th>static LSQ, corrected</th>" in page
-    assert "after every step the mean of its samples is that of the float model" in page
+    assert "after every step, the mean of its samples is that of the float model" in page
 
 
 def test_a_restart_repeats_nothing(
