@@ -13,6 +13,7 @@ from tdq_plugin.recipes.config import Section
 from tdq_plugin.recipes.evaluation.sampling import scheduler_with
 from tdq_plugin.recipes.float_model import FloatModel
 from tdq_plugin.reconstruct import CalibrationSet, TimestepDistribution, collect_trajectories
+from tdq_plugin.reconstruct.collect import normal_weight
 
 __all__ = [
     "CalibrationSection",
@@ -20,6 +21,7 @@ __all__ = [
     "collect",
     "observe",
     "placeholder",
+    "pooled_as_ptq4dm",
     "thinned",
 ]
 
@@ -106,6 +108,22 @@ def thinned(data: CalibrationSet, count: int) -> CalibrationSet:
     """About `count` of the points, from all timesteps alike, as points are grouped by timestep."""
     stride = max(1, len(data) // count)
     return CalibrationSet(data.samples[::stride], data.timesteps[::stride])
+
+
+def pooled_as_ptq4dm(seen: Observation) -> Observation:
+    """One bin for all timesteps, in which each counts as much as PTQ4DM draws it."""
+    share = normal_weight(seen.timesteps / seen.timesteps.max())
+    count = seen.values.shape[1]
+    # A row is a uniform sample in random order, so that its beginning is one, too.
+    chosen = torch.arange(count) < (share * count).round()[:, None]
+    drawn = chosen.any(dim=1)
+    values, limits = seen.values[chosen], seen.limits[drawn]
+    return Observation(
+        timesteps=(seen.timesteps * share).sum(0, keepdim=True) / share.sum(),
+        limits=torch.stack([limits[:, 0].min(), limits[:, 1].max()])[None],
+        deviation=values.std()[None],
+        values=values[None],
+    )
 
 
 def observe(

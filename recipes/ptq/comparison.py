@@ -13,7 +13,7 @@ from tdq_plugin.recipes.float_model import FloatModel, load_float_model
 from tdq_plugin.recipes.frameworks import Framework, load_framework
 from tdq_plugin.recipes.ptq.config import PTQConfig
 from tdq_plugin.recipes.ptq.method_states import MethodStates
-from tdq_plugin.recipes.ptq.methods import check_zero_points
+from tdq_plugin.recipes.ptq.methods import check_framework
 from tdq_plugin.recipes.ptq.quantize import Start, quantize_method
 from tdq_plugin.recipes.run_state import RunState
 
@@ -53,7 +53,7 @@ def begin(config: PTQConfig) -> ComparisonRun:
     torch.manual_seed(config.seed)
     framework = load_framework(config.adapter)
     config.learns_rounding(framework)
-    check_zero_points(config.methods, framework, config.adapter)
+    check_framework(config.methods, framework, config.adapter)
     model = load_float_model(config.model)
     state = RunState(config.run_folder, config.model_dump(mode="json"), config.changeable)
     evaluator = make_evaluator(

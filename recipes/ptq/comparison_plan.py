@@ -10,7 +10,7 @@ from tdq_plugin.recipes.frameworks import load_framework
 from tdq_plugin.recipes.plan import Plan
 from tdq_plugin.recipes.ptq.config import PTQConfig
 from tdq_plugin.recipes.ptq.estimates import calibration_samples, describe_memory, training_steps
-from tdq_plugin.recipes.ptq.methods import METHODS, check_zero_points
+from tdq_plugin.recipes.ptq.methods import METHODS, check_framework
 from tdq_plugin.recipes.run_state import check_folder
 
 __all__ = ["plan_of"]
@@ -22,7 +22,7 @@ def plan_of(recipe: str, config: PTQConfig) -> Plan:
     torch.set_num_threads(config.threads)
     framework = load_framework(config.adapter)
     learn_rounding = config.learns_rounding(framework)
-    check_zero_points(config.methods, framework, config.adapter)
+    check_framework(config.methods, framework, config.adapter)
     model = load_float_model(config.model)
     scheduler_with(model.scheduler, config.steps)
     samples = calibration_samples(config.calibration, config.steps, model.latent_shape)

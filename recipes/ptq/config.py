@@ -74,10 +74,10 @@ class PTQConfig(RecipeConfig):
 
     @field_validator("int8_methods")
     @classmethod
-    def _have_tables(cls, names: list[str]) -> list[str]:
-        dynamic = [name for name in names if METHODS[name].dynamic]
-        if dynamic:
-            raise ValueError(f"{dynamic} have no table to deploy; put them into fake_methods")
+    def _can_be_deployed(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if METHODS[name].obstacle is not None:
+                raise ValueError(f"[{name!r}] {METHODS[name].obstacle}; put them into fake_methods")
         if not {"lsq", "tdq"} <= set(names):
             raise ValueError("lsq and tdq are needed, which the report compares")
         return names

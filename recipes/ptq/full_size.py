@@ -20,7 +20,7 @@ from tdq_plugin.recipes.image_data import Images, load_all_images
 from tdq_plugin.recipes.processes import start_processes
 from tdq_plugin.recipes.ptq.full_size_config import FullSizePTQConfig
 from tdq_plugin.recipes.ptq.method_states import MethodStates
-from tdq_plugin.recipes.ptq.methods import METHODS, check_zero_points
+from tdq_plugin.recipes.ptq.methods import METHODS, check_framework
 from tdq_plugin.recipes.ptq.quantize import Start, quantize_method
 from tdq_plugin.recipes.ptq.weights import check_weights, is_symmetric, set_weight_ranges
 from tdq_plugin.recipes.run_state import RunState
@@ -88,7 +88,7 @@ def begin(config: FullSizePTQConfig) -> FullSizePTQRun:
     require_features(config.evaluation.features)
     framework = load_framework(config.adapter)
     check_weights(config.weights, framework, config.adapter)
-    check_zero_points(config.methods, framework, config.adapter)
+    check_framework(config.methods, framework, config.adapter)
     accelerator = start_processes()
     with accelerator.main_process_first():
         model = load_model(config).to(accelerator.device)
@@ -161,7 +161,7 @@ def _denoiser(run: FullSizePTQRun, states: MethodStates, row: str) -> Denoiser:
 def save_models(run: FullSizePTQRun, states: MethodStates, recipe: str) -> dict[str, SizeBytes]:
     """Save each method's model in the framework's form for deployment, below `models/`.
 
-    Input-dependent scales have none, nor have weights with zero points.
+    Methods that cannot be deployed have none, nor have weights with zero points.
     """
     config = run.config
     if not is_symmetric(config.weights):
@@ -178,5 +178,5 @@ def save_models(run: FullSizePTQRun, states: MethodStates, recipe: str) -> dict[
             run.state.correction_path(name) if name in config.correction.methods else None,
         )
         for name in config.methods
-        if not METHODS[name].dynamic
+        if METHODS[name].obstacle is None
     }

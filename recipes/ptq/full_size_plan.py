@@ -11,7 +11,7 @@ from tdq_plugin.recipes.plan import Plan
 from tdq_plugin.recipes.ptq.estimates import calibration_samples, describe_memory, training_steps
 from tdq_plugin.recipes.ptq.full_size import load_model
 from tdq_plugin.recipes.ptq.full_size_config import FullSizePTQConfig
-from tdq_plugin.recipes.ptq.methods import METHODS, check_zero_points
+from tdq_plugin.recipes.ptq.methods import METHODS, check_framework
 from tdq_plugin.recipes.ptq.weights import check_weights, is_symmetric, set_weight_ranges
 from tdq_plugin.recipes.run_state import check_folder
 
@@ -24,7 +24,7 @@ def plan_of(recipe: str, config: FullSizePTQConfig) -> Plan:
     torch.set_num_threads(config.threads)
     framework = load_framework(config.adapter)
     check_weights(config.weights, framework, config.adapter)
-    check_zero_points(config.methods, framework, config.adapter)
+    check_framework(config.methods, framework, config.adapter)
     model = load_model(config)
     images = load_all_images(config.data, model.image_shape)
     images[torch.arange(1)]  # Can it be read?

@@ -8,8 +8,10 @@ import tdq_plugin as tdq
 from tdq_plugin.files import atomic_file
 from tdq_plugin.freeze import evaluate_table
 from tdq_plugin.recipes.ptq.methods import METHODS
+from tdq_plugin.recipes.ptq.weights import set_weight_ranges
 from tdq_plugin.recipes.run_state import RunState
 from tdq_plugin.scales import TrainableBank
+from tdq_plugin.weights import WeightQuantizer
 
 __all__ = ["MethodStates"]
 
@@ -25,6 +27,9 @@ class MethodStates:
     def __init__(self, state: RunState, model: nn.Module) -> None:
         self._state, self._model = state, model
         self._original = {name: value.clone() for name, value in _weights(model).items()}
+        self._grids = {
+            module: module.grid for module in model.modules() if isinstance(module, WeightQuantizer)
+        }
 
     def finished(self, method: str) -> bool:
         """Whether a method has been saved."""
@@ -45,10 +50,14 @@ class MethodStates:
     def reset(self) -> None:
         """Give the model back the weights that every method starts from."""
         self._load(self._original)
+        for quantizer, grid in self._grids.items():
+            quantizer.grid = grid
 
     def load(self, method: str) -> nn.Module:
         """The model with a method's weights and scale table."""
         self.reset()
+        if METHODS[method].weights is not None:
+            set_weight_ranges(self._model, METHODS[method].weights)
         self._load(load_file(self._state.weights_path(method)))
         tdq.load_scales(self._model, tdq.load_table(self._state.table_path(method)))
         for _, quantizer in tdq.named_quantizers(self._model):
@@ -63,8 +72,12 @@ class MethodStates:
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    return {
+    weights = {
         name: parameter.detach()
         for name, parameter in model.named_parameters()
         if not name.startswith("scale_bank.")
     }
+    for path, module in model.named_modules():
+        if isinstance(module, WeightQuantizer):
+            weights |= {f"{path}.{name}": value for name, value in module.named_buffers()}
+    return weights

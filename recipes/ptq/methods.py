@@ -8,12 +8,14 @@ from typing import TypeVar
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.ranges import RangeMethod
 from tdq_plugin.recipes.frameworks import Framework
+from tdq_plugin.recipes.ptq.weights import WeightChoice, is_symmetric
+from tdq_plugin.reconstruct import TimestepDistribution
 from tdq_plugin.scales import PAPER, ConstantBank, GeneratorBank, LearnedTableBank, TrainableBank
 
 __all__ = [
     "METHODS",
     "Method",
-    "check_zero_points",
+    "check_framework",
     "covers_trained_methods",
     "known_methods",
 ]
@@ -32,6 +34,8 @@ class Method:
         trained: Whether reconstruction trains the bank.
         dynamic: Whether scales come from each input at run time instead of a bank.
         moves_zero_points: Whether the bank gives each timestep a zero point of its own.
+        weights: Ranges of the weights, if not those of the run.
+        timesteps: How much each timestep counts in a range that all of them share.
     """
 
     title: str
@@ -42,6 +46,17 @@ class Method:
     trained: bool = False
     dynamic: bool = False
     moves_zero_points: bool = False
+    weights: WeightChoice | None = None
+    timesteps: TimestepDistribution = "uniform"
+
+    @property
+    def obstacle(self) -> str | None:
+        """What keeps the method from being deployed on integer kernels; None if nothing does."""
+        if self.dynamic:
+            return "have no table to deploy"
+        if self.weights is not None and not is_symmetric(self.weights):
+            return "have weights with zero points, which integer kernels do not take"
+        return None
 
 
 METHODS = {
@@ -52,6 +67,14 @@ METHODS = {
         ranges="minmax",
     ),
     "mse": Method("static MSE", "One scale per layer with the least rounding error.", ConstantBank),
+    "ptq4dm": Method(
+        "PTQ4DM",
+        "As static MSE, with timesteps in the middle counting more, and weights with zero points "
+        "that range from the least to the largest (Shang et al., 2211.15736). Simulated only.",
+        ConstantBank,
+        weights="asymmetric_minmax",
+        timesteps="normal",
+    ),
     "lsq": Method(
         "static LSQ",
         "One trained scale per layer, LSQ gradients (Esser et al., 1902.08153).",
@@ -116,17 +139,25 @@ def known_methods(names: Names) -> Names:
     return names
 
 
-def check_zero_points(names: Collection[str], framework: Framework, adapter: str) -> None:
-    """See that the framework can deploy the methods' zero points.
+def check_framework(names: Collection[str], framework: Framework, adapter: str) -> None:
+    """See that the framework can do what the methods ask of it.
 
     Raises:
-        ConfigError: They move with t, and the framework's are constant.
+        ConfigError: Zero points move with t, and the framework's are constant; or a method has
+            weights of its own, and the framework sets their ranges itself.
     """
     moving = [name for name in names if METHODS[name].moves_zero_points]
     if moving and not framework.moves_zero_points:
         raise ConfigError(
             f"adapter = {adapter!r} deploys constant zero points, and those of {moving} move with "
             "t. Leave these methods out, or choose adapter=torch_ao."
+        )
+    # Both need this package's weight quantizer.
+    own = [name for name in names if METHODS[name].weights is not None]
+    if own and not framework.learns_rounding:
+        raise ConfigError(
+            f"adapter = {adapter!r} sets the ranges of weights itself, and {own} have their own. "
+            "Leave these methods out, or choose adapter=torch_ao."
         )
 
 

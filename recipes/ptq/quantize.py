@@ -10,9 +10,11 @@ from torch import Tensor, nn
 import tdq_plugin as tdq
 from tdq_plugin.calibrate import initialise_scales
 from tdq_plugin.observe import Observation
+from tdq_plugin.recipes.calibration import pooled_as_ptq4dm
 from tdq_plugin.recipes.float_model import FloatModel
 from tdq_plugin.recipes.ptq.methods import METHODS, Method
 from tdq_plugin.recipes.ptq.training import MethodTraining, train
+from tdq_plugin.recipes.ptq.weights import set_weight_ranges
 from tdq_plugin.reconstruct import CalibrationSet
 from tdq_plugin.scales import TrainableBank
 
@@ -67,7 +69,14 @@ def quantize_method(
 def apply_method(
     model: nn.Module, method: Method, observations: dict[str, Observation]
 ) -> TrainableBank:
-    """Give the model a bank of the method's kind with calibrated scales; return the bank."""
+    """Give the model a bank of the method's kind with calibrated scales; return the bank.
+
+    Weights get the method's ranges, if it has its own.
+    """
+    if method.weights is not None:
+        set_weight_ranges(model, method.weights)
+    if method.timesteps == "normal":
+        observations = {name: pooled_as_ptq4dm(seen) for name, seen in observations.items()}
     previous = tdq.scale_bank(model)
     bank = method.bank(dict(zip(previous.names, previous.grids, strict=True)))
     initialise_scales(bank, observations, method.ranges, method.warm_start)

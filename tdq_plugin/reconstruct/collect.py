@@ -16,6 +16,7 @@ __all__ = [
     "TimestepDistribution",
     "collect_trajectories",
     "first_tensor",
+    "normal_weight",
     "samples_per_step",
 ]
 
@@ -141,6 +142,15 @@ def first_tensor(output: Any) -> Tensor:
     return tensor
 
 
+def normal_weight(from_image: Tensor) -> Tensor:
+    """How often PTQ4DM draws a step (arXiv 2211.15736, 4.2), relative to the one drawn most.
+
+    Args:
+        from_image: Place in the trajectory, 0 at the image and 1 at pure noise, of any shape.
+    """
+    return torch.exp(-0.5 * ((from_image - 0.4) / 0.25).square())
+
+
 def samples_per_step(
     steps: int,
     images: int,
@@ -174,8 +184,7 @@ def samples_per_step(
         )
     if distribution == "uniform":
         return [min(images, affordable // steps)] * steps
-    from_image = torch.linspace(1, 0, steps)
-    weight = torch.exp(-0.5 * ((from_image - 0.4) / 0.25).square())
+    weight = normal_weight(torch.linspace(1, 0, steps))
     total = min(affordable, images * weight.sum().item() / weight.max().item())
     counts = (weight / weight.sum() * total).round().clamp(min=1, max=images).int()
     while counts.sum() > affordable:

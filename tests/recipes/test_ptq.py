@@ -14,8 +14,10 @@ from diffusers import DDIMScheduler, UNet2DModel
 import tdq_plugin as tdq
 from tdq_plugin.deploy import load_int8, lower_to_int8
 from tdq_plugin.errors import ConfigError, LookupRuleError
+from tdq_plugin.observe import Observation
 from tdq_plugin.recipes import find_recipe
 from tdq_plugin.recipes.bits import Bits
+from tdq_plugin.recipes.calibration import pooled_as_ptq4dm
 from tdq_plugin.recipes.evaluation import denoiser
 from tdq_plugin.recipes.evaluation.denoiser import Evaluator
 from tdq_plugin.recipes.evaluation.sampling import image_shape, sample, scheduler_with
@@ -26,8 +28,9 @@ from tdq_plugin.recipes.ptq.methods import METHODS
 from tdq_plugin.recipes.run_state import RunState
 from tdq_plugin.reconstruct import CalibrationSet
 from tdq_plugin.study.schema import METRICS, validate_report
+from tdq_plugin.weights import WeightQuantizer
 
-INT8, FAKE = ["minmax", "lsq", "tdq"], ["lsq", "tdq", "dynamic"]
+INT8, FAKE = ["minmax", "lsq", "tdq"], ["ptq4dm", "lsq", "tdq", "dynamic"]
 SMALL = [
     "threads=1",
     "bits=W4A8",
@@ -160,6 +163,57 @@ def test_trained_methods_round_weights_themselves_and_others_do_not(
     assert torch.equal(model.conv_in.weight_fake_quant(weights["tdq"]), weights["tdq"])
 
 
+def test_ptq4dm_has_weights_of_its_own_and_leaves_the_others_theirs(
+    finished: Path, unet: UNet2DModel
+) -> None:
+    x, t = torch.randn(2, 1, 16, 16), torch.tensor([0, 250])
+    model = load_framework("torch_ao").prepare(unet, CalibrationSet(x, t), Bits(4, 8))
+    quantizers = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, WeightQuantizer)
+    }
+    before = {path: (q.grid, q.scale.detach().clone()) for path, q in quantizers.items()}
+    state = RunState(finished, json.loads((finished / "config.json").read_text()))
+    states = MethodStates(state, model)
+    states.load("ptq4dm")
+    for path, quantizer in quantizers.items():
+        weight = model.get_parameter(path.replace("weight_fake_quant", "weight")).detach()
+        low, high = weight.flatten(1).aminmax(dim=1)
+        codes = quantizer.grid.quant_max - quantizer.grid.quant_min
+        expected = (high.clamp(min=0) - low.clamp(max=0)) / codes
+        torch.testing.assert_close(quantizer.scale.detach(), expected)
+    assert any(quantizer.zero_point.any() for quantizer in quantizers.values())
+    states.load("lsq")
+    for path, (grid, scale) in before.items():
+        assert quantizers[path].grid == grid
+        assert torch.equal(quantizers[path].scale.detach(), scale)
+        assert not quantizers[path].zero_point.any()
+
+
+@pytest.mark.parametrize("adapter", ["brevitas", "nncf", "pt2e"])
+def test_ptq4dm_needs_a_framework_that_leaves_weights_alone(
+    adapter: str, overrides: list[str]
+) -> None:
+    pytest.importorskip({"pt2e": "torchao"}.get(adapter, adapter))
+    config = PTQ.configure([*overrides, f"adapter={adapter}", "name=other"])
+    with pytest.raises(
+        ConfigError, match=rf"^adapter = '{adapter}' sets .*\['ptq4dm'\] have .* adapter=torch_ao"
+    ):
+        PTQ.plan(config)
+
+
+def test_ptq4dm_draws_timesteps_in_the_middle_more_often() -> None:
+    timesteps = torch.tensor([0.0, 200.0, 400.0, 1000.0])
+    values = timesteps[:, None].repeat(1, 1000)
+    limits = torch.stack([timesteps - 1, timesteps + 1], dim=1)
+    pooled = pooled_as_ptq4dm(Observation(timesteps, limits, torch.zeros(4), values))
+    counts = [int((pooled.values == t).sum()) for t in timesteps]
+    # exp(-(x - 0.4)^2 / (2 0.25^2)) at 0, 0.2, 0.4 and 1.
+    assert counts == [278, 726, 1000, 56]
+    assert pooled.limits.tolist() == [[-1, 1001]]
+
+
 def test_a_framework_that_rounds_weights_itself_cannot_learn_it(overrides: list[str]) -> None:
     config = PTQ.configure([*overrides, "reconstruction.learn_rounding=true"])
     assert config.learns_rounding(load_framework("torch_ao"))
@@ -193,10 +247,11 @@ def test_an_interrupted_run_goes_on(
 ) -> None:
     config = PTQ.configure([*overrides, "name=interrupted"])
     with monkeypatch.context() as patch:
-        trained = count_calls(patch, ptq_quantize, "apply_method", interrupt_at=3)
+        trained = count_calls(patch, ptq_quantize, "apply_method", interrupt_at=4)
         with pytest.raises(KeyboardInterrupt):
             PTQ.run(config)
-    assert [call[1].title for call in trained] == ["MinMax", "static LSQ", "TDQ"]
+    begun = ["MinMax", "PTQ4DM", "static LSQ", "TDQ"]
+    assert [call[1].title for call in trained] == begun
     with monkeypatch.context() as patch:
         trained = count_calls(patch, ptq_quantize, "apply_method")
         count_calls(patch, denoiser, "sample", interrupt_at=5)
@@ -207,7 +262,7 @@ def test_an_interrupted_run_goes_on(
         trained = count_calls(patch, ptq_quantize, "apply_method")
         drawn = count_calls(patch, denoiser, "sample")
         folder = PTQ.run(config)
-    assert (len(trained), len(drawn)) == (0, 3)
+    assert (len(trained), len(drawn)) == (0, 4)
     assert json.loads((folder / "report.json").read_text())["rows"] == report["rows"]
 
 
@@ -306,6 +361,10 @@ def test_bits_and_steps_can_be_chosen() -> None:
         ("calibration.images=3", r"^calibration = .*fewer images than shifts"),
         ("int8_methods=[lsq]", r"^int8_methods = \['lsq'\]: lsq and tdq are needed.*$"),
         ("int8_methods=[lsq, tdq, dynamic]", r"\]: \['dynamic'\] have no table .* fake_methods\.$"),
+        (
+            "int8_methods=[lsq, tdq, ptq4dm]",
+            r"\]: \['ptq4dm'\] have weights with zero points, .* fake_methods\.$",
+        ),
         ("calibration.images=0", r"^calibration\.images = 0: Input should be greater than 0"),
         ("reconstruction.granularity=x", r"^reconstruction\.granularity = 'x': Input should be"),
         (
@@ -333,11 +392,11 @@ def test_dry_run_prints_the_plan(overrides: list[str]) -> None:
     plan = str(PTQ.plan(config))
     for expected in (
         r"quantizers +\d+ activations, W4A8, by torch_ao, rounding of weights learned",
-        r"methods +MinMax, static LSQ, TDQ, dynamic",
+        r"methods +MinMax, PTQ4DM, static LSQ, TDQ, dynamic",
         r"calibration +16 samples of 4 trajectories of 4 DDIM steps",
         r"steps +2 in batches of 4 for each of: static LSQ, TDQ",
         r"memory +\d+\.\d+ GB: ",
-        r"evaluation +100 images by 4 DDIM steps in each of 7 rows",
+        r"evaluation +100 images by 4 DDIM steps in each of 8 rows",
         r"results +.*planned",
     ):
         assert re.search(expected, plan)

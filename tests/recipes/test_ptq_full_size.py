@@ -29,7 +29,7 @@ SMALL = [
     *DIGITS,
     "threads=1",
     "batch_size=4",
-    "methods=[lsq, learned_table, tdq, dynamic]",
+    "methods=[ptq4dm, lsq, learned_table, tdq, dynamic]",
     "weights=adaround",
     "calibration.images=4",
     "reconstruction.iterations=2",
@@ -39,7 +39,7 @@ SMALL = [
     "evaluation.samples=100",
     "evaluation.steps=2",
 ]
-ROWS = ["float32", "lsq", "lsq_corrected", "learned_table", "tdq", "dynamic"]
+ROWS = ["float32", "ptq4dm", "lsq", "lsq_corrected", "learned_table", "tdq", "dynamic"]
 
 
 @pytest.fixture(scope="module")
