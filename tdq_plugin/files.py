@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from tdq_plugin.errors import ConfigError
 
 __all__ = ["atomic_file", "atomic_folder"]
@@ -46,7 +48,8 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        with _safetensors_as_files(path):
+            yield temporary
         temporary.chmod(0o666 & ~_umask())
         _flush_to_disk(temporary)
         temporary.replace(path)
@@ -78,7 +81,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     recover_folder(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        yield temporary
+        with _safetensors_as_files(path):
+            yield temporary
         temporary.chmod(0o777 & ~_umask())
         for file in temporary.rglob("*"):
             if file.is_file():
@@ -100,6 +104,15 @@ def recover_folder(path: str | Path) -> None:
     if previous.exists() and not path.exists():
         previous.rename(path)
     shutil.rmtree(previous, ignore_errors=True)
+
+
+@contextmanager
+def _safetensors_as_files(path: Path) -> Iterator[None]:
+    # safetensors has an error of its own for a full disk, which does not tell the path.
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def _previous(path: Path) -> Path:

@@ -1,16 +1,20 @@
 """A reader sees the old file or folder, or the new one: through errors, full disks and kills."""
 
 import os
+import resource
 import signal
 import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import tdq_plugin.files
 from tdq_plugin.errors import ConfigError
@@ -120,6 +124,29 @@ def test_a_full_disk_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert sorted(tmp_path.iterdir()) == [file, folder]
     assert file.read_text() == "old"
     assert read_folder(folder) == {"old"}
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_under_safetensors_tells_the_path(tmp_path: Path) -> None:
+    tensors = {"weight": torch.zeros(100_000)}
+    for context, names in ((atomic_file, ()), (atomic_folder, ("weights",))):
+        path = tmp_path / "model"
+        with (
+            pytest.raises(OSError, match=rf"^{path} cannot be written: .*I/O error"),
+            files_of_at_most(1000),
+            context(path) as temporary,
+        ):
+            save_file(tensors, temporary.joinpath(*names))
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_replacement_that_stopped_between_its_renames_is_undone(tmp_path: Path) -> None:
