@@ -63,11 +63,13 @@ def fit_output_correction(
     tried = copy.deepcopy(scheduler)
     slopes = [_slope(tried, t, noise) for t in scheduler.timesteps]
     ours, theirs = noise, noise
-    rows = []
+    rows, ones = [], torch.ones(noise.shape[1], device=noise.device)
     for step, (timestep, slope) in enumerate(zip(scheduler.timesteps, slopes, strict=True)):
         wanted = _predict(reference, theirs, timestep, batch_size)
-        found = _predict(model, theirs, timestep, batch_size)
-        output_gain, sample_gain = _gains(found, theirs, wanted, explained)
+        output_gain, sample_gain = ones, 0 * ones
+        if explained < 1:
+            found = _predict(model, theirs, timestep, batch_size)
+            output_gain, sample_gain = _gains(found, theirs, wanted, explained)
         output = _predict(model, ours, timestep, batch_size)
         output = with_gains(output, ours, output_gain, sample_gain).to(noise.dtype)
         ours = scheduler.step(output, timestep, ours).prev_sample

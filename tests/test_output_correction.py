@@ -126,7 +126,14 @@ def test_gains_that_explain_little_are_left_out(noise: Tensor) -> None:
 
 
 def test_without_gains_offsets_do_all(noise: Tensor) -> None:
-    correction = tdq.fit_output_correction(biased, reference, sampler(), noise, explained=1)
+    asked: list[float] = []
+
+    def counted(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(float(t))
+        return biased(x, t)
+
+    correction = tdq.fit_output_correction(counted, reference, sampler(), noise, explained=1)
+    assert len(asked) == len(set(asked)) == 8
     assert correction.output_gains.unique().tolist() == [1.0]
     assert correction.sample_gains.unique().tolist() == [0.0]
     assert correction.offsets.any()
