@@ -6,6 +6,7 @@ __all__ = [
     "ConfigError",
     "LookupRuleError",
     "ScaleError",
+    "StorageError",
     "TDQError",
     "TableFormatError",
     "TableMismatchError",
@@ -40,6 +41,10 @@ class TableFormatError(TDQError, ValueError):
 
 class TableMismatchError(TDQError, ValueError):
     """A scale table belongs to other layers than the model's."""
+
+
+class StorageError(TDQError, OSError):
+    """A file could not be written, for example on a full disk."""
 
 
 class AdapterError(TDQError, RuntimeError):

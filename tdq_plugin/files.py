@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from tdq_plugin.errors import ConfigError
+from tdq_plugin.errors import ConfigError, StorageError
 
 __all__ = ["atomic_file", "atomic_folder"]
 
@@ -31,7 +31,8 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         The path to write to. It is removed if the block raises, and `path` stays as it was.
 
     Raises:
-        OSError: Whatever the write itself raised, for example a full disk.
+        OSError: Whatever the write itself raised, for example a full disk; safetensors' own error
+            becomes a `StorageError`, which is one.
 
     Example:
         >>> import tempfile
@@ -72,7 +73,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
     Raises:
         ConfigError: There is a file at `path`.
-        OSError: Whatever the write itself raised, for example a full disk.
+        OSError: Whatever the write itself raised, for example a full disk; safetensors' own error
+            becomes a `StorageError`, which is one.
     """
     path = Path(path).resolve()
     if path.exists() and not path.is_dir():
@@ -112,7 +114,9 @@ def _safetensors_as_files(path: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
+        raise StorageError(
+            f"{path} cannot be written: {error}. Free space, or choose another folder."
+        ) from error
 
 
 def _previous(path: Path) -> Path:

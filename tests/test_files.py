@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 import tdq_plugin.files
-from tdq_plugin.errors import ConfigError
+from tdq_plugin.errors import ConfigError, StorageError
 from tdq_plugin.files import atomic_file, atomic_folder, recover_folder
 
 
@@ -141,7 +141,9 @@ def test_a_full_disk_under_safetensors_tells_the_path(tmp_path: Path) -> None:
     for context, names in ((atomic_file, ()), (atomic_folder, ("weights",))):
         path = tmp_path / "model"
         with (
-            pytest.raises(OSError, match=rf"^{path} cannot be written: .*I/O error"),
+            pytest.raises(
+                StorageError, match=rf"^{path} cannot be written: .*I/O error.*Free space"
+            ),
             files_of_at_most(1000),
             context(path) as temporary,
         ):

@@ -43,7 +43,7 @@ def test_every_error_is_below_one_base() -> None:
         error = getattr(errors, name)
         assert issubclass(error, errors.TDQError)
         assert error.__doc__
-        assert name == "TDQError" or issubclass(error, ValueError | RuntimeError)
+        assert name == "TDQError" or issubclass(error, ValueError | RuntimeError | OSError)
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: str(path.relative_to(CORE)))
