@@ -1,5 +1,6 @@
 """The figures that a single run does not have, as PNG bytes."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -30,7 +31,7 @@ __all__ = [
 def distance_dots(
     groups: Mapping[str, Mapping[str, Sequence[float]]], floors: Mapping[str, float]
 ) -> bytes:
-    """Draw every draw of every method as a dot on a log axis, one panel per group.
+    """Draw every draw of every method as a dot on a log axis, one panel per group, 4 in a row.
 
     Args:
         groups: For each group the draws of each method.
@@ -38,17 +39,22 @@ def distance_dots(
     """
     methods = list(dict.fromkeys(name for draws in groups.values() for name in draws))
     colours = method_colours(methods)
+    columns = min(len(groups), 4)
+    rows = math.ceil(len(groups) / columns)
     height = 0.9 + 0.28 * len(methods)
-    figure, panels = subplots(1, len(groups), 2.2 + 2.4 * len(groups), height)
-    for axes, (group, draws) in zip(panels, groups.items(), strict=True):
+    figure, panels = subplots(rows, columns, 2.2 + 2.4 * columns, rows * height)
+    for axes in panels[len(groups) :]:
+        axes.remove()
+    for index, (group, draws) in enumerate(groups.items()):
+        axes = panels[index]
         for method, values in draws.items():
             row = [methods.index(method)] * len(values)
             axes.plot(list(values), row, "o", ms=6, color=colours[method], alpha=0.8)
         axes.axvline(floors[group], color=MUTED, lw=1, ls=":")
         axes.set_title(group, loc="left", fontsize=10)
         axes.set(xscale="log", ylim=(len(methods) - 0.5, -0.5))
-        first = axes is panels[0]
         plain_ticks(axes.xaxis)
+        first = index % columns == 0
         axes.set_yticks(range(len(methods)), methods if first else [""] * len(methods))
         axes.tick_params(axis="y", labelcolor=INK, length=0)
     figure.supxlabel(
