@@ -56,8 +56,9 @@ class MethodStates:
     def load(self, method: str) -> nn.Module:
         """The model with a method's weights and scale table."""
         self.reset()
-        if METHODS[method].weights is not None:
-            set_weight_ranges(self._model, METHODS[method].weights)
+        own = METHODS[method].weights
+        if own is not None:
+            set_weight_ranges(self._model, own)
         self._load(load_file(self._state.weights_path(method)))
         tdq.load_scales(self._model, tdq.load_table(self._state.table_path(method)))
         for _, quantizer in tdq.named_quantizers(self._model):
