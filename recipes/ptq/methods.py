@@ -152,7 +152,7 @@ def check_framework(names: Collection[str], framework: Framework, adapter: str) 
             f"adapter = {adapter!r} deploys constant zero points, and those of {moving} move with "
             "t. Leave these methods out, or choose adapter=torch_ao."
         )
-    # Both need this package's weight quantizer.
+    # Such ranges, as learned rounding, need this package's weight quantizer.
     own = [name for name in names if METHODS[name].weights is not None]
     if own and not framework.learns_rounding:
         raise ConfigError(
