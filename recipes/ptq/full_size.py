@@ -20,9 +20,9 @@ from tdq_plugin.recipes.image_data import Images, load_all_images
 from tdq_plugin.recipes.processes import start_processes
 from tdq_plugin.recipes.ptq.full_size_config import FullSizePTQConfig
 from tdq_plugin.recipes.ptq.method_states import MethodStates
-from tdq_plugin.recipes.ptq.methods import METHODS, check_framework
+from tdq_plugin.recipes.ptq.methods import check_framework
 from tdq_plugin.recipes.ptq.quantize import Start, quantize_method
-from tdq_plugin.recipes.ptq.weights import check_weights, is_symmetric, set_weight_ranges
+from tdq_plugin.recipes.ptq.weights import check_weights, set_weight_ranges
 from tdq_plugin.recipes.run_state import RunState
 from tdq_plugin.recipes.saved_model import save_model
 from tdq_plugin.reconstruct import CalibrationSet
@@ -161,11 +161,9 @@ def _denoiser(run: FullSizePTQRun, states: MethodStates, row: str) -> Denoiser:
 def save_models(run: FullSizePTQRun, states: MethodStates, recipe: str) -> dict[str, SizeBytes]:
     """Save each method's model in the framework's form for deployment, below `models/`.
 
-    Methods that cannot be deployed have none, nor have weights with zero points.
+    Methods that cannot be deployed have none.
     """
     config = run.config
-    if not is_symmetric(config.weights):
-        return {}
     extra = {"recipe": recipe, "bits": config.bits}
     return {
         name: save_model(
@@ -177,6 +175,5 @@ def save_models(run: FullSizePTQRun, states: MethodStates, recipe: str) -> dict[
             {**extra, "method": name},
             run.state.correction_path(name) if name in config.correction.methods else None,
         )
-        for name in config.methods
-        if METHODS[name].obstacle is None
+        for name in config.deployable_methods
     }

@@ -17,7 +17,7 @@ from tdq_plugin.recipes.ptq.training import (
     ReconstructionSection,
     TrainingSection,
 )
-from tdq_plugin.recipes.ptq.weights import WeightChoice
+from tdq_plugin.recipes.ptq.weights import WeightChoice, is_symmetric
 
 __all__ = ["FullSizePTQConfig"]
 
@@ -95,6 +95,13 @@ class FullSizePTQConfig(RecipeConfig):
         """
         evaluation = {f"evaluation.{name}" for name in SampleEvaluationSection.model_fields}
         return super().changeable | evaluation - {"evaluation.steps"} | {"threads"}
+
+    @property
+    def deployable_methods(self) -> list[str]:
+        """Methods whose models are saved; none if the weights have zero points."""
+        if not is_symmetric(self.weights):
+            return []
+        return [name for name in self.methods if METHODS[name].obstacle is None]
 
     @property
     def run_folder(self) -> Path:

@@ -57,9 +57,7 @@ def plan_of(recipe: str, config: FullSizePTQConfig) -> Plan:
         "features": FEATURE_SPACES[section.features],
         "installed": f"missing: {', '.join(missing)}; the run would stop" if missing else "yes",
         "results": str(config.run_folder),
-        "models": "in models/, as the framework deploys them"
-        if is_symmetric(config.weights)
-        else "none: integer kernels take symmetric weights",
+        "models": _models(config),
     }
     return Plan(f"tdq run {recipe}", lines)
 
@@ -69,3 +67,13 @@ def _correction(config: FullSizePTQConfig) -> str:
     titles = ", ".join(METHODS[name].title for name in section.methods)
     calls = section.denoised * config.evaluation.steps
     return f"{titles}: {calls:,} denoised images for each" if titles else "none"
+
+
+def _models(config: FullSizePTQConfig) -> str:
+    titles = ", ".join(METHODS[name].title for name in config.deployable_methods)
+    if titles:
+        return f"in models/, as the framework deploys them: {titles}"
+    if not is_symmetric(config.weights):
+        return "none: integer kernels take symmetric weights"
+    reasons = [f"[{name!r}] {METHODS[name].obstacle}" for name in config.methods]
+    return f"none: {'; '.join(reasons)}"

@@ -192,6 +192,17 @@ def test_the_choice_of_weights(tiny_pipeline: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(asymmetric.weight_fake_quant.scale.detach(), expected)
 
 
+def test_a_plan_says_which_models_are_saved(overrides: list[str], tmp_path: Path) -> None:
+    def line(methods: str, *more: str) -> str:
+        settings = [*overrides, f"output={tmp_path}", f"methods={methods}", *more]
+        lines = str(CIFAR.plan(CIFAR.configure(settings))).splitlines()
+        return next(line for line in lines if line.lstrip().startswith("models"))
+
+    assert line("[lsq,dynamic]").endswith("in models/, as the framework deploys them: static LSQ")
+    simulated = line("[dynamic]", "weights=mse", "correction.methods=[]")
+    assert simulated.endswith("none: ['dynamic'] have no table to deploy")
+
+
 def test_weights_with_zero_points_are_simulated(overrides: list[str], tmp_path: Path) -> None:
     settings = [*overrides, f"output={tmp_path}", "methods=[lsq]", "weights=asymmetric_minmax"]
     config = CIFAR.configure([*settings, "bits=W4A8"])
