@@ -1,5 +1,6 @@
 """Train the small DDIM of the demo: a diffusers UNet2DModel on 16x16 MNIST digits."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,16 +11,21 @@ from torch import Tensor
 from tdq_plugin.files import atomic_folder
 from tdq_plugin.recipes.digits import load_digits
 from tdq_plugin.recipes.float_model import FloatModel
+from tdq_plugin.recipes.plan import Plan
 from tdq_plugin.recipes.pretraining import (
     PretrainingConfig,
     arguments_of,
+    make_network,
     noise_loss,
     picture_of_samples,
+    plan_of,
     pretrain,
     write_figures,
 )
 
-__all__ = ["PretrainConfig", "run"]
+__all__ = ["PretrainConfig", "plan", "run"]
+
+RECIPE = "ddim-digits-pretrain"
 
 
 class PretrainConfig(PretrainingConfig):
@@ -32,20 +38,33 @@ class PretrainConfig(PretrainingConfig):
     unet: Annotated[dict[str, Any], arguments_of(UNet2DModel)]
 
 
+def plan(config: PretrainConfig) -> Plan:
+    """Check network and checkpoint, and say what a run would do."""
+    model, loss_of = _start(config)
+    return plan_of(RECIPE, config, model.unet, loss_of)
+
+
 def run(config: PretrainConfig) -> Path:
     """Train, save `model/` (a DDIMPipeline), `loss.png` and `samples.png`; return the folder."""
+    model, loss_of = _start(config)
+    losses = pretrain(config, model.unet, loss_of)
+    with atomic_folder(config.run_folder / "model") as temporary:
+        DDIMPipeline(model.unet, model.scheduler).save_pretrained(temporary)
+    samples = picture_of_samples(model, steps=20, seed=config.seed)
+    write_figures(config.run_folder, losses, samples=samples)
+    return config.run_folder
+
+
+def _start(config: PretrainConfig) -> tuple[FloatModel, Callable[[torch.Generator], Tensor]]:
+    """The untrained model, and its loss on the batch that a generator draws."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    unet, scheduler = UNet2DModel(**config.unet), DDIMScheduler(num_train_timesteps=1000)
-    images, _ = load_digits(config.unet["sample_size"])
+    unet = make_network("unet", UNet2DModel, config.unet)
+    model = FloatModel(unet, DDIMScheduler(num_train_timesteps=1000))
+    images, _ = load_digits(model.image_shape[1])
 
     def loss_of(generator: torch.Generator) -> Tensor:
         index = torch.randint(len(images), (config.batch_size,), generator=generator)
-        return noise_loss(unet, scheduler, images[index], generator)
+        return noise_loss(unet, model.scheduler, images[index], generator)
 
-    losses = pretrain(config, unet, loss_of)
-    with atomic_folder(config.run_folder / "model") as temporary:
-        DDIMPipeline(unet, scheduler).save_pretrained(temporary)
-    samples = picture_of_samples(FloatModel(unet, scheduler), steps=20, seed=config.seed)
-    write_figures(config.run_folder, losses, samples=samples)
-    return config.run_folder
+    return model, loss_of

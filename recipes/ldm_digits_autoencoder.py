@@ -1,5 +1,6 @@
 """Train the autoencoder of the latent digits model: a small diffusers AutoencoderKL."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,10 +12,20 @@ from torch.nn.functional import mse_loss
 
 from tdq_plugin.files import atomic_folder
 from tdq_plugin.recipes.digits import load_digits
-from tdq_plugin.recipes.pretraining import PretrainingConfig, arguments_of, pretrain, write_figures
+from tdq_plugin.recipes.plan import Plan
+from tdq_plugin.recipes.pretraining import (
+    PretrainingConfig,
+    arguments_of,
+    make_network,
+    plan_of,
+    pretrain,
+    write_figures,
+)
 from tdq_plugin.study.figures import sample_grid
 
-__all__ = ["AutoencoderConfig", "run"]
+__all__ = ["AutoencoderConfig", "plan", "run"]
+
+RECIPE = "ldm-digits-autoencoder"
 
 
 class AutoencoderConfig(PretrainingConfig):
@@ -30,12 +41,31 @@ class AutoencoderConfig(PretrainingConfig):
     autoencoder: Annotated[dict[str, Any], arguments_of(AutoencoderKL)]
 
 
+def plan(config: AutoencoderConfig) -> Plan:
+    """Check network and checkpoint, and say what a run would do."""
+    autoencoder, _, loss_of = _start(config)
+    return plan_of(RECIPE, config, autoencoder, loss_of)
+
+
 def run(config: AutoencoderConfig) -> Path:
     """Train, save `model/`, `loss.png` and `reconstructions.png`; return the folder."""
+    autoencoder, images, loss_of = _start(config)
+    losses = pretrain(config, autoencoder, loss_of)
+    autoencoder.register_to_config(scaling_factor=1 / _spread(autoencoder, images))
+    with atomic_folder(config.run_folder / "model") as temporary:
+        autoencoder.save_pretrained(temporary)
+    write_figures(config.run_folder, losses, reconstructions=_picture(autoencoder, images))
+    return config.run_folder
+
+
+def _start(
+    config: AutoencoderConfig,
+) -> tuple[AutoencoderKL, Tensor, Callable[[torch.Generator], Tensor]]:
+    """The untrained network, the digits, and the loss on the batch that a generator draws."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    autoencoder = AutoencoderKL(**config.autoencoder)
-    images, _ = load_digits(config.autoencoder["sample_size"])
+    autoencoder = make_network("autoencoder", AutoencoderKL, config.autoencoder)
+    images, _ = load_digits(autoencoder.config.sample_size)
 
     def loss_of(generator: torch.Generator) -> Tensor:
         index = torch.randint(len(images), (config.batch_size,), generator=generator)
@@ -44,12 +74,7 @@ def run(config: AutoencoderConfig) -> Path:
         divergence = encoded.kl() / encoded.mean[0].numel()
         return mse_loss(decoded, images[index]) + config.kl_weight * divergence.mean()
 
-    losses = pretrain(config, autoencoder, loss_of)
-    autoencoder.register_to_config(scaling_factor=1 / _spread(autoencoder, images))
-    with atomic_folder(config.run_folder / "model") as temporary:
-        autoencoder.save_pretrained(temporary)
-    write_figures(config.run_folder, losses, reconstructions=_picture(autoencoder, images))
-    return config.run_folder
+    return autoencoder, images, loss_of
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Train the small latent diffusion model: a UNet2DModel on the latents of 32x32 MNIST digits."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,17 +13,21 @@ from tdq_plugin.files import atomic_folder
 from tdq_plugin.recipes.config import ASSETS
 from tdq_plugin.recipes.digits import load_digits
 from tdq_plugin.recipes.float_model import FloatModel
+from tdq_plugin.recipes.plan import Plan
 from tdq_plugin.recipes.pretraining import (
     PretrainingConfig,
     arguments_of,
+    make_network,
     noise_loss,
     picture_of_samples,
+    plan_of,
     pretrain,
     write_figures,
 )
 
-__all__ = ["LatentPretrainConfig", "run"]
+__all__ = ["LatentPretrainConfig", "plan", "run"]
 
+RECIPE = "ldm-digits-pretrain"
 AUTOENCODER = ASSETS / "ldm-digits" / "vqvae"
 
 
@@ -39,11 +44,28 @@ class LatentPretrainConfig(PretrainingConfig):
     unet: Annotated[dict[str, Any], arguments_of(UNet2DModel)]
 
 
+def plan(config: LatentPretrainConfig) -> Plan:
+    """Check autoencoder, network and checkpoint, and say what a run would do."""
+    model, loss_of = _start(config)
+    return plan_of(RECIPE, config, model.unet, loss_of)
+
+
 def run(config: LatentPretrainConfig) -> Path:
     """Train, save `model/` (an LDMPipeline), `loss.png` and `samples.png`; return the folder."""
+    model, loss_of = _start(config)
+    losses = pretrain(config, model.unet, loss_of)
+    with atomic_folder(config.run_folder / "model") as temporary:
+        LDMPipeline(model.autoencoder, model.unet, model.scheduler).save_pretrained(temporary)
+    samples = picture_of_samples(model, steps=20, seed=config.seed)
+    write_figures(config.run_folder, losses, samples=samples)
+    return config.run_folder
+
+
+def _start(config: LatentPretrainConfig) -> tuple[FloatModel, Callable[[torch.Generator], Tensor]]:
+    """The untrained model, and its loss on the batch that a generator draws."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    unet = UNet2DModel(**config.unet)
+    unet = make_network("unet", UNet2DModel, config.unet)
     # Latents have no natural limits, so the sampler must not clip them.
     scheduler = DDIMScheduler(num_train_timesteps=1000, clip_sample=False)
     model = FloatModel(unet, scheduler, _load_autoencoder(config.autoencoder))
@@ -54,12 +76,7 @@ def run(config: LatentPretrainConfig) -> Path:
         index = torch.randint(len(latents), (config.batch_size,), generator=generator)
         return noise_loss(unet, scheduler, latents[index], generator)
 
-    losses = pretrain(config, unet, loss_of)
-    with atomic_folder(config.run_folder / "model") as temporary:
-        LDMPipeline(model.autoencoder, unet, scheduler).save_pretrained(temporary)
-    samples = picture_of_samples(model, steps=20, seed=config.seed)
-    write_figures(config.run_folder, losses, samples=samples)
-    return config.run_folder
+    return model, loss_of
 
 
 def _load_autoencoder(folder: Path) -> AutoencoderKL:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
@@ -23,16 +23,24 @@ from tdq_plugin.recipes.checkpoints import check_settings, load_checkpoint, save
 from tdq_plugin.recipes.config import RecipeConfig
 from tdq_plugin.recipes.evaluation.sampling import sample, scheduler_with
 from tdq_plugin.recipes.float_model import FloatModel
+from tdq_plugin.recipes.plan import Plan
 from tdq_plugin.study.figures import loss_curve, sample_grid
 
 __all__ = [
     "PretrainingConfig",
     "arguments_of",
+    "make_network",
     "noise_loss",
     "picture_of_samples",
+    "plan_of",
     "pretrain",
     "write_figures",
 ]
+
+
+Network = TypeVar("Network", bound=nn.Module)
+# What diffusers and torch raise at sizes that do not fit together.
+_MISFITS = (TypeError, ValueError, RuntimeError, AttributeError)
 
 
 class PretrainingConfig(RecipeConfig):
@@ -71,6 +79,23 @@ def arguments_of(network: type[nn.Module]) -> AfterValidator:
         return values
 
     return AfterValidator(check)
+
+
+def make_network(key: str, network: type[Network], arguments: dict[str, Any]) -> Network:
+    """Build a network of a configuration.
+
+    Args:
+        key: Of the arguments in the configuration, for the message.
+        network: Its class.
+        arguments: Of the class.
+
+    Raises:
+        ConfigError: They do not fit together.
+    """
+    try:
+        return network(**arguments)
+    except _MISFITS as error:
+        raise ConfigError(f"{key}: {network.__name__} cannot be built: {error}") from error
 
 
 class Training:
@@ -138,6 +163,43 @@ class Training:
         self.step, self.losses = state["step"], state["losses"]
 
 
+def plan_of(
+    recipe: str,
+    config: PretrainingConfig,
+    model: nn.Module,
+    loss_of: Callable[[torch.Generator], Tensor],
+) -> Plan:
+    """Check network, data and checkpoint, and say what a run would do.
+
+    Raises:
+        ConfigError: As `pretrain`.
+    """
+    training = Training(config, model)
+    training.load(config.run_folder / "checkpoint.pt")
+    _check_loss(model, loss_of)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    done = f", {training.step:,} are done" if training.step else ""
+    lines = {
+        "network": f"{type(model).__name__}, {size:,} parameters",
+        "steps": f"{config.iterations:,} in batches of {config.batch_size}{done}",
+        "results": str(config.run_folder),
+    }
+    return Plan(f"tdq run {recipe}", lines)
+
+
+def _check_loss(model: nn.Module, loss_of: Callable[[torch.Generator], Tensor]) -> None:
+    """See that the network takes the digits, before a training starts.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            loss_of(torch.Generator().manual_seed(0))
+    except _MISFITS as error:
+        raise ConfigError(f"{type(model).__name__} does not take the digits: {error}") from error
+
+
 def pretrain(
     config: PretrainingConfig, model: nn.Module, loss_of: Callable[[torch.Generator], Tensor]
 ) -> list[float]:
@@ -152,12 +214,13 @@ def pretrain(
         The loss of every step.
 
     Raises:
-        ConfigError: The checkpoint was written with other settings or is damaged, or the loss is
-            not finite.
+        ConfigError: The checkpoint was written with other settings or is damaged, the network does
+            not take the digits, or the loss is not finite.
     """
     checkpoint = config.run_folder / "checkpoint.pt"
     training = Training(config, model)
     training.load(checkpoint)
+    _check_loss(model, loss_of)
     progress = tqdm(total=config.iterations, initial=training.step, desc="pretrain", mininterval=10)
     while training.step < config.iterations:
         training.advance(loss_of)

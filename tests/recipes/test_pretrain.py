@@ -158,10 +158,46 @@ def test_a_run_folder_belongs_to_one_configuration(
         PIXELS.run(other)
 
 
+@pytest.mark.parametrize("recipe", [PIXELS, AUTOENCODER, LATENTS], ids=lambda recipe: recipe.name)
+def test_a_plan_writes_nothing(
+    recipe: Recipe, finished: dict[str, Path], overrides: dict[str, list[str]]
+) -> None:
+    config = recipe.configure([*overrides[recipe.name], "name=planned"])
+    plan = recipe.plan(config)
+    assert plan.startswith(f"tdq run {recipe.name}\n")
+    assert "6 in batches of 4\n" in plan
+    assert not config.run_folder.exists()
+    assert "6 in batches of 4, 6 are done" in recipe.plan(recipe.configure(overrides[recipe.name]))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "message"),
+    [
+        (
+            PIXELS,
+            "unet.block_out_channels=[8]",
+            r"^unet: UNet2DModel cannot be built: Must provide",
+        ),
+        (PIXELS, "unet.in_channels=2", r"^UNet2DModel does not take the digits: .* 2 channels"),
+        (LATENTS, "unet.in_channels=1", r"^UNet2DModel does not take the digits: .* 1 channels"),
+        (AUTOENCODER, "autoencoder.norm_num_groups=3", r"^autoencoder: AutoencoderKL cannot be"),
+    ],
+)
+def test_networks_that_do_not_fit(
+    recipe: Recipe, override: str, message: str, overrides: dict[str, list[str]]
+) -> None:
+    config = recipe.configure([*overrides[recipe.name], "name=misfit", override])
+    for act in (recipe.plan, recipe.run):
+        with pytest.raises(ConfigError, match=message):
+            act(config)
+    assert not config.run_folder.exists()
+
+
 def test_an_autoencoder_that_is_not_there(tmp_path: Path) -> None:
     config = LATENTS.configure([f"autoencoder={tmp_path}", f"output={tmp_path}"])
-    with pytest.raises(ConfigError, match=r"is no folder of a saved autoencoder. Train one: tdq"):
-        LATENTS.run(config)
+    for act in (LATENTS.plan, LATENTS.run):
+        with pytest.raises(ConfigError, match=r"no folder of a saved autoencoder. Train one: tdq"):
+            act(config)
 
 
 @pytest.mark.parametrize(
