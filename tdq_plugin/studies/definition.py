@@ -17,7 +17,14 @@ __all__ = ["STUDIES", "Part", "RunGroup", "RunSpec", "StudyDefinition", "load_st
 FOLDER = Path(__file__).parent / "definitions"
 STUDIES = tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
 FigureName = Literal[
-    "distances", "errors", "samples", "ranges", "rounding_errors", "steps", "training"
+    "distances",
+    "errors",
+    "error_ratios",
+    "samples",
+    "ranges",
+    "rounding_errors",
+    "steps",
+    "training",
 ]
 
 

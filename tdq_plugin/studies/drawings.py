@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import geometric_mean
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ __all__ = [
     "histogram",
     "lines_over_steps",
     "range_bands",
+    "ratios_over_timesteps",
     "scale_histories",
 ]
 
@@ -111,6 +113,30 @@ def range_bands(
         axes.set_visible(False)
     figure.supxlabel(TIMESTEP_LABEL, fontsize=10)
     figure.supylabel("activation, 99.8 % of the values", fontsize=10)
+    return png(figure)
+
+
+def ratios_over_timesteps(
+    ratios: Mapping[str, Sequence[Mapping[float, float]]], label: str
+) -> bytes:
+    """Draw each method's draws, and their geometric mean, over t; 1 is a line of its own.
+
+    Args:
+        ratios: For each method the draws, by timestep.
+        label: Of the vertical axis.
+    """
+    colours = method_colours(ratios)
+    figure, (axes,) = subplots(1, 1, 7.2, 3.4)
+    axes.axhline(1, color=MUTED, lw=1, ls=":")
+    for method, draws in ratios.items():
+        for draw in draws:
+            axes.plot(list(draw), list(draw.values()), lw=0.7, alpha=0.5, color=colours[method])
+        timesteps = sorted(set.intersection(*(set(draw) for draw in draws)))
+        middle = [geometric_mean(draw[t] for draw in draws) for t in timesteps]
+        axes.plot(timesteps, middle, "o-", ms=3.5, lw=1.8, color=colours[method], label=method)
+    axes.set(xlabel=TIMESTEP_LABEL, ylabel=label)
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
     return png(figure)
 
 

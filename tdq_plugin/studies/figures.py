@@ -13,6 +13,7 @@ from tdq_plugin.studies.drawings import (
     histogram,
     lines_over_steps,
     range_bands,
+    ratios_over_timesteps,
     scale_histories,
 )
 from tdq_plugin.studies.results import FinishedRun, Group, Method, row_name
@@ -23,6 +24,7 @@ __all__ = ["FIGURES", "FigureMaker"]
 Kept = TypeVar("Kept")
 FigureMaker = Callable[[Sequence[Group], Sequence[FinishedRun]], list[Picture]]
 LAYERS = 6
+REFERENCE = "static LSQ"
 
 
 def distances(groups: Sequence[Group], runs: Sequence[FinishedRun]) -> list[Picture]:
@@ -52,6 +54,24 @@ def errors(groups: Sequence[Group], runs: Sequence[FinishedRun]) -> list[Picture
                     error_over_timesteps(curves),
                     "Mean squared error of the predicted noise at each timestep of the float "
                     "model's trajectory, of one draw. Sampling runs from right to left.",
+                )
+            )
+    return pictures
+
+
+def error_ratios(groups: Sequence[Group], runs: Sequence[FinishedRun]) -> list[Picture]:
+    """Where in time a method is better or worse than static LSQ."""
+    pictures = []
+    for group in groups:
+        ratios = _ratios(group)
+        if ratios:
+            pictures.append(
+                Picture(
+                    f"error-ratios-{group.name}",
+                    f"Error relative to {REFERENCE} over time, {group.name}",
+                    ratios_over_timesteps(ratios, f"error / error of {REFERENCE}"),
+                    "Below 1 a method is better there. Thick: geometric mean of the draws; thin: "
+                    "each draw.",
                 )
             )
     return pictures
@@ -157,6 +177,7 @@ def training(groups: Sequence[Group], runs: Sequence[FinishedRun]) -> list[Pictu
 FIGURES: dict[FigureName, FigureMaker] = {
     "distances": distances,
     "errors": errors,
+    "error_ratios": error_ratios,
     "samples": samples,
     "ranges": ranges,
     "rounding_errors": rounding_errors,
@@ -186,6 +207,30 @@ def _kept(group: Group, of: Callable[[FinishedRun], Mapping[str, Kept]]) -> dict
             if row_name(row) in of(run):
                 found.setdefault(title, of(run)[row_name(row)])
     return found
+
+
+def _ratios(group: Group) -> dict[str, list[dict[float, float]]]:
+    """By method and draw, the error over that of the reference's same draw at each timestep."""
+    found: dict[str, list[dict[float, float]]] = {}
+    methods = _quantized(group)
+    reference = _curves(methods.pop(REFERENCE, None))
+    for title, method in methods.items():
+        for seed, errors_of in _curves(method).items():
+            below = reference.get(seed, {})
+            ratios = {t: error / below[t] for t, error in errors_of.items() if below.get(t)}
+            if ratios:
+                found.setdefault(title, []).append(ratios)
+    return found
+
+
+def _curves(method: Method | None) -> dict[int, dict[float, float]]:
+    """By seed, the error at each timestep, where a draw has kept it."""
+    draws = method.draws if method else {}
+    return {
+        seed: dict(zip(*run.curves[row_name(row)], strict=True))
+        for seed, (run, row) in draws.items()
+        if row_name(row) in run.curves
+    }
 
 
 def _with_layers(runs: Sequence[FinishedRun]) -> FinishedRun:

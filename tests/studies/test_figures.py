@@ -106,3 +106,28 @@ def test_what_no_run_has_kept_is_not_drawn(make_run: Callable[..., FinishedRun])
     both = [Group("W4A4", (first, second))]
     assert len(FIGURES["errors"](both, [first, second])) == 1
     assert len(FIGURES["samples"](both, [first, second])) == 1
+
+
+def test_ratios_are_to_the_same_draw_of_static_lsq(make_run: Callable[..., FinishedRun]) -> None:
+    methods = {"TDQ": ("tdq", "int8", 0.1, 0.2), "static LSQ": ("lsq", "int8", 0.2, 0.2)}
+    runs = [make_run(f"{seed}", "W4A4", seed, methods) for seed in (0, 1)]
+    (picture,) = FIGURES["error_ratios"]([Group("W4A4", tuple(runs))], runs)
+    assert picture.png.startswith(PNG)
+
+    def with_twice_the_error_of(*names: str) -> bytes:
+        curves = {
+            name: curve._replace(errors=[2 * error for error in curve.errors])
+            for name, curve in runs[1].curves.items()
+            if name in names
+        }
+        other = replace(runs[1], curves={**runs[1].curves, **curves})
+        (picture,) = FIGURES["error_ratios"]([Group("W4A4", (runs[0], other))], runs)
+        return picture.png
+
+    assert with_twice_the_error_of("tdq.int8", "lsq.int8") == picture.png
+    assert with_twice_the_error_of("tdq.int8") != picture.png
+
+
+def test_ratios_need_static_lsq(make_run: Callable[..., FinishedRun]) -> None:
+    run = make_run("one", "W4A4", 0, {"TDQ": ("tdq", "int8", 0.1, 0.2)})
+    assert FIGURES["error_ratios"]([Group("W4A4", (run,))], [run]) == []
