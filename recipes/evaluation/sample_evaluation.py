@@ -36,6 +36,11 @@ class SampleEvaluationSection(Section):
     with_score: bool = True
     seed: Seed
 
+    @classmethod
+    def keys(cls) -> set[str]:
+        """Dotted keys of a configuration that calls this section `evaluation`."""
+        return {f"evaluation.{name}" for name in cls.model_fields}
+
 
 class SampleEvaluation:
     """Compares models by their samples; the noise of image i is the same for all of them.

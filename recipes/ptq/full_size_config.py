@@ -93,7 +93,7 @@ class FullSizePTQConfig(RecipeConfig):
 
         Not the steps of the evaluation: calibration follows the same sampler.
         """
-        evaluation = {f"evaluation.{name}" for name in SampleEvaluationSection.model_fields}
+        evaluation = SampleEvaluationSection.keys()
         return super().changeable | evaluation - {"evaluation.steps"} | {"threads"}
 
     @property

@@ -177,7 +177,7 @@ class FullSizeConfig(QATConfig):
     @property
     def changeable(self) -> frozenset[str]:
         """Settings that may change while a run goes on: the evaluation's, too."""
-        evaluation = {f"evaluation.{name}" for name in SampleEvaluationSection.model_fields}
+        evaluation = SampleEvaluationSection.keys()
         if self.objective == "data_free_distillation":
             evaluation.remove("evaluation.steps")  # Training follows the same sampler.
         return super().changeable | evaluation

@@ -111,7 +111,7 @@ class Study:
     def _do(self, run: PlannedRun) -> str | None:
         failure = run_in_a_process(run, self.output / "logs")
         if failure is None:
-            _load(run)  # Writes the record.
+            _recorded(run)
         return failure
 
     def report(self, without: Collection[str] = ()) -> Path:
@@ -127,14 +127,17 @@ class Study:
             finished = [run for run in there if run.spec.name not in without]
             for run in finished:
                 if run.spec.name not in loaded:
-                    loaded[run.spec.name] = _load(run)
+                    loaded[run.spec.name] = _recorded(run)
             missing = [run.spec.name for run in runs if run not in finished]
             found[name] = PartResults(part, [loaded[run.spec.name] for run in finished], missing)
         return write_study(self.results, self.name, self.definition, found)
 
 
-def _load(run: PlannedRun) -> FinishedRun:
-    """A run from its record, even here, so that the report is the same on every machine."""
+def _recorded(run: PlannedRun) -> FinishedRun:
+    """A finished run as its record has it, written now if it is new.
+
+    From the record even where the run is here, so that the report is the same on every machine.
+    """
     kept = load_record(run.record) if run.record.exists() else None
     # Images are read, and records written, only once: the same record may have other bytes.
     if kept is not None and not (run.here and _report(run) != kept.report):
