@@ -1,4 +1,4 @@
-"""How the full-size PTQ recipes quantize weights."""
+"""How the PTQ recipes quantize weights."""
 
 from typing import Literal
 
