@@ -195,8 +195,9 @@ def test_networks_that_do_not_fit(
 
 def test_an_autoencoder_that_is_not_there(tmp_path: Path) -> None:
     config = LATENTS.configure([f"autoencoder={tmp_path}", f"output={tmp_path}"])
+    message = r"is no folder of a saved autoencoder. Train one: tdq"
     for act in (LATENTS.plan, LATENTS.run):
-        with pytest.raises(ConfigError, match=r"no folder of a saved autoencoder. Train one: tdq"):
+        with pytest.raises(ConfigError, match=message):
             act(config)
 
 
