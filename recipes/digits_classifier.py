@@ -97,6 +97,10 @@ def run(config: ClassifierConfig) -> Path:
     """Train, save `model.safetensors` and `config.json`; return the folder."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
+    if config.run_folder.exists():
+        raise ConfigError(
+            f"{config.run_folder} exists. Remove it, or choose another folder: name=..., output=..."
+        )
     (images, labels), held_out = split_digits()
     model = DigitClassifier()
     steps = config.epochs * len(images) // config.batch_size

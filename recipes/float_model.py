@@ -112,7 +112,8 @@ def load_float_model(name: str | Path) -> FloatModel:
 
     Raises:
         ConfigError: There is no such pipeline, its networks are not of these kinds or do not fit
-            together, or it predicts something else than the noise.
+            together, it predicts something else than the noise, or its sampler's timesteps are
+            not at equal distances from 0.
     """
     try:
         pipeline = DiffusionPipeline.from_pretrained(str(name))
@@ -133,6 +134,13 @@ def load_float_model(name: str | Path) -> FloatModel:
         raise ConfigError(
             f"model = {str(name)!r} predicts {predicts!r}; this recipe takes models that predict "
             "the noise (prediction_type='epsilon')."
+        )
+    spacing = pipeline.scheduler.config.get("timestep_spacing", "leading")
+    if spacing != "leading":
+        raise ConfigError(
+            f"model = {str(name)!r} has a scheduler with timestep_spacing={spacing!r}; the recipes "
+            "visit DDIM's timesteps, and others at a distance from them, which diffusers does with "
+            "'leading' alone. Set it in the pipeline's scheduler/scheduler_config.json."
         )
     # DDIM (arXiv 2010.02502) does not clip. Near pure noise, a quantization error of the noise is
     # a hundredfold error of the image, which clipping turns from zero mean into a shift.

@@ -24,6 +24,7 @@ from tdq_plugin.recipes.config import RecipeConfig
 from tdq_plugin.recipes.evaluation.sampling import sample, scheduler_with
 from tdq_plugin.recipes.float_model import FloatModel
 from tdq_plugin.recipes.plan import Plan
+from tdq_plugin.recipes.run_state import RunState, check_folder
 from tdq_plugin.study.figures import loss_curve, sample_grid
 
 __all__ = [
@@ -119,7 +120,10 @@ class Training:
         Raises:
             ConfigError: The loss or its gradient is not finite.
         """
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
+        draw = self.config.seed * 1_000_003 + self.step
+        # For what the network itself draws: dropout.
+        torch.manual_seed(draw)
+        generator = torch.Generator().manual_seed(draw)
         loss = loss_of(generator)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -174,6 +178,7 @@ def plan_of(
     Raises:
         ConfigError: As `pretrain`.
     """
+    check_folder(config.run_folder, config.model_dump(mode="json"), config.changeable)
     training = Training(config, model)
     training.load(config.run_folder / "checkpoint.pt")
     _check_loss(model, loss_of)
@@ -214,13 +219,16 @@ def pretrain(
         The loss of every step.
 
     Raises:
-        ConfigError: The checkpoint was written with other settings or is damaged, the network does
-            not take the digits, or the loss is not finite.
+        ConfigError: The folder is another run's, the checkpoint was written with other settings or
+            is damaged, the network does not take the digits, or the loss is not finite.
     """
+    settings = config.model_dump(mode="json")
+    check_folder(config.run_folder, settings, config.changeable)
     checkpoint = config.run_folder / "checkpoint.pt"
     training = Training(config, model)
     training.load(checkpoint)
     _check_loss(model, loss_of)
+    RunState(config.run_folder, settings, config.changeable)
     progress = tqdm(total=config.iterations, initial=training.step, desc="pretrain", mininterval=10)
     while training.step < config.iterations:
         training.advance(loss_of)

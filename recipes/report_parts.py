@@ -51,7 +51,12 @@ def _leaves(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _yaml(value: Any) -> str:
-    # Some texts are no texts in YAML: `no`, `2026`, nothing at all.
-    if isinstance(value, str) and yaml.safe_load(value) == value:
-        return value
-    return json.dumps(value)
+    return value if isinstance(value, str) and _is_plain(value) else json.dumps(value)
+
+
+def _is_plain(text: str) -> bool:
+    # Some texts are others in YAML, `no`, `2026`, nothing at all, or not valid, `{bits}-mine`.
+    try:
+        return bool(yaml.safe_load(text) == text)
+    except yaml.YAMLError:
+        return False

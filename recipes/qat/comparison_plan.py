@@ -42,8 +42,19 @@ def plan_of(recipe: str, config: ComparisonConfig) -> Plan:
         "methods": ", ".join(config.methods),
         "steps": f"{iterations:,} for each of {len(config.methods)} methods, batches of "
         f"{config.training.batch_size}",
+        "learning rate": _learning_rates(config),
         "memory": memory.describe(config.training.batch_size),
         "evaluation": f"{config.evaluation.samples:,} images by {config.steps} DDIM steps",
         "results": str(config.run_folder),
     }
     return Plan(f"tdq run {recipe}", lines)
+
+
+def _learning_rates(config: ComparisonConfig) -> str:
+    methods: dict[float, list[str]] = {}
+    for name in config.methods:
+        methods.setdefault(config.training_of(name).learning_rate, []).append(name)
+    if len(methods) == 1:
+        return f"{next(iter(methods)):g} of the weights"
+    shared = "; ".join(f"{rate:g} for {', '.join(names)}" for rate, names in methods.items())
+    return f"of the weights {shared}"

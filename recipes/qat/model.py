@@ -61,7 +61,8 @@ def find_weights(run: Path, method: str, config: "QATConfig") -> Path:
     """Where another run has saved a method's weights.
 
     Raises:
-        ConfigError: The run has not trained this method, or with another adapter or other bits.
+        ConfigError: The run has not trained this method, or with another adapter or
+            model, or with other bits.
     """
     source, settings = run / "weights" / f"{method}.safetensors", run / "config.json"
     if not source.exists() or not settings.exists():
@@ -70,8 +71,10 @@ def find_weights(run: Path, method: str, config: "QATConfig") -> Path:
             "Give the folder of a finished run with this method."
         )
     other = read_settings(settings)
-    for key, wanted in (("adapter", config.adapter), ("bits", config.bits)):
-        if other[key] != wanted:
+    for key in ("adapter", "bits", "model"):
+        wanted = getattr(config, key)
+        # A model's folder may be written in several ways.
+        if Path(other[key]).resolve() != Path(wanted).resolve():
             raise ConfigError(
                 f"trained = {str(run)!r} is a run with {key}={other[key]}, not {wanted}."
             )

@@ -12,7 +12,7 @@ from typing import Any
 
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes import find_recipe
-from tdq_plugin.recipes.run_state import check_same_settings, differences
+from tdq_plugin.recipes.run_state import differences, read_settings
 from tdq_plugin.studies.definition import Cost, RunSpec, StudyDefinition
 from tdq_plugin.studies.records import load_record, portable
 
@@ -65,13 +65,15 @@ def plan_run(definition: StudyDefinition, spec: RunSpec, records: Path) -> Plann
         raise ConfigError(f"Run {spec.name!r}: {error}") from None
     folder = config.run_folder
     path = folder / "config.json"
+    wanted = portable(config.model_dump(mode="json"))
     if path.exists():
-        remedy = "Remove the folder, or choose another --output."
-        check_same_settings(path, config.model_dump(mode="json"), remedy)
+        known = portable(read_settings(path))
+        _check_same(folder, known, wanted, "Remove the folder, or choose another --output.")
     seconds = _expected_seconds(definition.costs[spec.recipe], config)
     record, here = records / f"{spec.name}.safetensors", (folder / "report.json").exists()
     if record.exists() and not here:
-        _check_record(record, portable(config.model_dump(mode="json")))
+        known = dict(load_record(record).config)
+        _check_same(record, known, wanted, "Remove the file, or choose another --results.")
     return PlannedRun(spec, folder, record, seconds, here, here or record.exists())
 
 
@@ -137,13 +139,10 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
-def _check_record(path: Path, wanted: dict[str, Any]) -> None:
-    shown = differences(dict(load_record(path).config), wanted)
+def _check_same(path: Path, known: dict[str, Any], wanted: dict[str, Any], remedy: str) -> None:
+    shown = differences(known, wanted)
     if shown:
-        raise ConfigError(
-            f"{path} is of a run with other settings: {shown}. Remove the file, or choose another "
-            "--results."
-        )
+        raise ConfigError(f"{path} is of a run with other settings: {shown}. {remedy}")
 
 
 class _Progress:

@@ -1,13 +1,12 @@
 """The report of a study: everything that is finished, as JSON, Markdown and HTML."""
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tdq_plugin.files import atomic_file, atomic_folder
+from tdq_plugin.files import atomic_file
 from tdq_plugin.studies.definition import Part, StudyDefinition
 from tdq_plugin.studies.document import Block, Picture, Section, Table, as_html, as_markdown
 from tdq_plugin.studies.figures import FIGURES
@@ -73,7 +72,7 @@ def write_study(
         f"{name}.html": as_html(definition.title, sections),
         f"{name}.md": as_markdown(definition.title, sections, name),
     }
-    _write_pictures(folder / name, parts.values())
+    _write_pictures(folder / name, parts)
     for file, text in texts.items():
         with atomic_file(folder / file) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -132,11 +131,13 @@ def _commands(results: Mapping[str, PartResults]) -> Table:
     return Table(["Run", "Command"], [[name, f"`{text}`"] for name, text in commands.items()])
 
 
-def _write_pictures(folder: Path, sections: Any) -> None:
-    pictures = [block for part in sections for block in part.blocks if isinstance(block, Picture)]
-    if not pictures:
-        shutil.rmtree(folder, ignore_errors=True)
-        return
-    with atomic_folder(folder) as temporary:
-        for picture in pictures:
-            (temporary / f"{picture.name}.png").write_bytes(picture.png)
+def _write_pictures(folder: Path, parts: Mapping[str, Section]) -> None:
+    blocks = [block for section in parts.values() for block in section.blocks]
+    pictures = {f"{block.name}.png": block.png for block in blocks if isinstance(block, Picture)}
+    for name, png in pictures.items():
+        with atomic_file(folder / name) as temporary:
+            temporary.write_bytes(png)
+    # The folder may hold what is not the study's.
+    for old in folder.glob("*.png"):
+        if old.name not in pictures and old.name.startswith(tuple(f"{part}-" for part in parts)):
+            old.unlink()

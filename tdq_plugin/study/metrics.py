@@ -84,7 +84,10 @@ def _metric_on_features(dimension: int) -> "FrechetInceptionDistance":
     passthrough = nn.Identity()
     # Without this attribute torchmetrics probes the module with an ImageNet-sized picture.
     passthrough.num_features = dimension  # type: ignore[assignment]
-    return FrechetInceptionDistance(passthrough, reset_real_features=False)
+    # One process has all images; the others may not come to the same place.
+    return FrechetInceptionDistance(
+        passthrough, reset_real_features=False, sync_on_compute=False
+    )
 
 
 def classifier_score(logits: Tensor) -> float:
