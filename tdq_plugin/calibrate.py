@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tdq_plugin.attach import named_quantizers, scale_bank
+from tdq_plugin.batch_layout import check_layout, fingerprints, holds_samples, next_places
 from tdq_plugin.errors import AdapterError, CalibrationError
 from tdq_plugin.evaluation_mode import evaluation_mode
 from tdq_plugin.observe import Observation, TimestepObserver
@@ -44,12 +45,17 @@ def calibrate(
         What was observed, by quantizer name.
 
     Raises:
-        CalibrationError: No data, values that are not finite, or timesteps outside the process.
+        CalibrationError: No data, values that are not finite, timesteps outside the process, or an
+            activation that does not hold the samples along dimension 0, batch-major, which the
+            first batch of several samples shows.
     """
     with calibration(model, **options) as observers, torch.no_grad():
+        watch = _watch_of(model)
         for batch in batches:
             args, kwargs = _arguments(batch)
             model(*args, **kwargs)
+            if not watch.layout_checked:
+                watch.check_layout(model, args, kwargs)
     observations = {name: observer.result() for name, observer in observers.items()}
     initialise_scales(scale_bank(model), observations, method, warm_start)
     return observations
@@ -152,13 +158,26 @@ def _arguments(batch: tuple[Any, ...] | dict[str, Any]) -> tuple[tuple[Any, ...]
     return tuple(batch), {}
 
 
+def _watch_of(model: nn.Module) -> "_Watch":
+    watch = scale_bank(model)
+    assert isinstance(watch, _Watch)
+    return watch
+
+
 class _Watch(ScaleBank):
-    """Stands in for the bank during calibration: remembers t, gives scales that nobody reads."""
+    """Stands in for the bank during calibration: remembers t, gives scales that nobody reads.
+
+    Attributes:
+        layout_checked: Whether activations are known to hold samples along dimension 0.
+    """
 
     def __init__(self, bank: ScaleBank, quantizers: dict[str, ActivationQuantizer]) -> None:
         super().__init__(dict(zip(bank.names, bank.grids, strict=True)))
         self._quantizers = quantizers
         self._device = bank.device
+        self._fingerprints: dict[str, list[Tensor]] = {}
+        self._observes = True
+        self.layout_checked = False
 
     @property
     def device(self) -> torch.device:
@@ -173,9 +192,27 @@ class _Watch(ScaleBank):
 
     def collect(self, observers: dict[str, TimestepObserver]) -> None:
         for name, quantizer in self._quantizers.items():
-            for x in quantizer.observed:
+            for x in quantizer.observed if self._observes else ():
                 observers[name].update(x, self._timesteps)
+            if not self.layout_checked:
+                seen = [fingerprints(x, len(self._timesteps)) for x in quantizer.observed]
+                self._fingerprints[name] = seen
         self._clear()
+
+    def check_layout(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run the batch that was seen last once more, its samples in other places."""
+        samples, before = len(self._timesteps), dict(self._fingerprints)
+        if samples == 1 or not holds_samples((args, kwargs), samples):
+            return
+        args, kwargs = next_places((args, kwargs), samples)
+        self._observes = False
+        try:
+            model(*args, **kwargs)
+        finally:
+            self._observes = True
+        check_layout(before, self._fingerprints)
+        self._fingerprints.clear()
+        self.layout_checked = True
 
     def _clear(self) -> None:
         for quantizer in self._quantizers.values():

@@ -42,7 +42,7 @@ def plan_of(recipe: str, config: ComparisonConfig) -> Plan:
         "methods": ", ".join(config.methods),
         "steps": f"{iterations:,} for each of {len(config.methods)} methods, batches of "
         f"{config.training.batch_size}",
-        "learning rate": _learning_rates(config),
+        "rates": _learning_rates(config),
         "memory": memory.describe(config.training.batch_size),
         "evaluation": f"{config.evaluation.samples:,} images by {config.steps} DDIM steps",
         "results": str(config.run_folder),

@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tdq_plugin.files import atomic_file
 from tdq_plugin.studies.definition import Part, StudyDefinition

@@ -85,9 +85,7 @@ def _metric_on_features(dimension: int) -> "FrechetInceptionDistance":
     # Without this attribute torchmetrics probes the module with an ImageNet-sized picture.
     passthrough.num_features = dimension  # type: ignore[assignment]
     # One process has all images; the others may not come to the same place.
-    return FrechetInceptionDistance(
-        passthrough, reset_real_features=False, sync_on_compute=False
-    )
+    return FrechetInceptionDistance(passthrough, reset_real_features=False, sync_on_compute=False)
 
 
 def classifier_score(logits: Tensor) -> float:

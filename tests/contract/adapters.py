@@ -85,6 +85,8 @@ class PT2E:
 
     def prepare(self, model, example_inputs, activations, weights):
         quantizer = TDQQuantizer(activations, weights, first_last_bits=None)
+        if not isinstance(model, TinyDenoiser):
+            return prepare_qat_pt2e(pt2e.export(model, example_inputs), quantizer)
         exported = copy.deepcopy(_exported(model.attention))
         missing, _ = exported.load_state_dict(model.state_dict(), strict=False)
         assert not set(missing) & set(model.state_dict())

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["BATCHES", "STEPS", "TinyDenoiser", "example_inputs"]
+__all__ = ["BATCHES", "STEPS", "TinyDenoiser", "TokensFirst", "example_inputs"]
 
 STEPS = (0, 100, 250, 600, 999)
 
@@ -40,6 +40,18 @@ class TinyDenoiser(nn.Module):
             tokens = self.to_token(self.to_query(tokens).tanh()).tanh()
         hidden = self.conv_1d(tokens.transpose(1, 2)).reshape(hidden.shape)
         return functional.pixel_shuffle(self.conv_out(functional.silu(hidden)), 2)
+
+
+class TokensFirst(nn.Module):
+    """A layer in the middle sees `(length, batch, features)`, the others the samples first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        hidden = self.first(sample) * (1 + timestep.reshape(-1, 1, 1) / 1000)
+        return self.last(self.middle(hidden.transpose(0, 1).tanh()).transpose(0, 1))
 
 
 def _heads(tokens: Tensor) -> Tensor:

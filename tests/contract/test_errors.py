@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from contract.networks import BATCHES, STEPS, TinyDenoiser, example_inputs
+from contract.networks import BATCHES, STEPS, TinyDenoiser, TokensFirst, example_inputs
 
 import tdq_plugin as tdq
 from tdq_plugin.errors import (
@@ -48,6 +48,18 @@ def test_timestep_that_is_none_of_the_forms(make):
         model(SAMPLE, float("nan"))
     with raises_and_leaves(model, TimestepError, r"shape \(\) or \(B,\), not \(4, 1\)"):
         model(SAMPLE, torch.zeros(4, 1))
+
+
+def test_samples_along_another_dimension(adapter):
+    timesteps = torch.tensor([10, 300, 600, 990])
+    example = torch.randn(2, 4, 8), timesteps[:2]
+    model = tdq.attach(adapter.prepare(TokensFirst().eval(), example, 8, 8))
+    # Where all samples have one timestep, they have one scale.
+    tdq.calibrate(model, [(torch.randn(4, 4, 8), step) for step in timesteps])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(CalibrationError, match=r"'middle.input' does not hold the 4 samples"):
+        tdq.calibrate(model, [(torch.randn(4, 4, 8), timesteps)])
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
 
 def test_timestep_outside_the_table(make):
