@@ -1,8 +1,10 @@
 """Calibration: the float model's trajectories, and what a quantized model sees on them."""
 
+import math
 from typing import Annotated
 
 import torch
+from diffusers import DDIMScheduler
 from pydantic import Field, model_validator
 from torch import nn
 from tqdm.auto import tqdm
@@ -10,7 +12,7 @@ from tqdm.auto import tqdm
 import tdq_plugin as tdq
 from tdq_plugin.observe import Observation
 from tdq_plugin.recipes.config import Section
-from tdq_plugin.recipes.evaluation.sampling import scheduler_with
+from tdq_plugin.recipes.evaluation.sampling import offset_of, scheduler_with
 from tdq_plugin.recipes.float_model import FloatModel
 from tdq_plugin.reconstruct import CalibrationSet, TimestepDistribution, collect_trajectories
 from tdq_plugin.reconstruct.collect import normal_weight
@@ -26,6 +28,8 @@ __all__ = [
 ]
 
 SEEDS_APART = 2**20
+# Of timesteps, where the sampler has no more steps.
+_BINS = 50
 
 
 class TrajectorySection(Section):
@@ -68,7 +72,6 @@ def collect(
         seed: Of the noise.
         batch_size: Trajectories followed together.
     """
-    distance = model.scheduler.config.num_train_timesteps / steps
     groups = len(section.shifts)
     parts = []
     with tqdm(desc="calibration data", unit="call") as progress:
@@ -82,7 +85,9 @@ def collect(
             parts.append(
                 collect_trajectories(
                     model.denoise,
-                    scheduler_with(model.scheduler, steps, offset=int(shift * distance)),
+                    scheduler_with(
+                        model.scheduler, steps, offset_of(model.scheduler, steps, shift)
+                    ),
                     model.latent_shape,
                     images=section.images // groups,
                     distribution=section.distribution,
@@ -127,8 +132,22 @@ def pooled_as_ptq4dm(seen: Observation) -> Observation:
 
 
 def observe(
-    model: nn.Module, data: CalibrationSet, batch_size: int = 128
+    model: nn.Module,
+    data: CalibrationSet,
+    scheduler: DDIMScheduler,
+    steps: int,
+    batch_size: int = 128,
 ) -> dict[str, Observation]:
-    """Watch the inputs of the quantizers while the model runs on the data, in float."""
+    """Watch the inputs of the quantizers while the model runs on the data, in float.
+
+    Args:
+        model: The attached model.
+        data: What it sees.
+        scheduler: The float model's.
+        steps: Of the DDIM sampler; each has statistics of its own.
+        batch_size: Samples in a call.
+    """
+    length = scheduler.config.num_train_timesteps
+    bins = max(_BINS, math.ceil(length / (length // steps)))
     shown = tqdm(list(data.batches(batch_size)), desc="observe ranges", unit="batch")
-    return tdq.calibrate(model, shown, warm_start=False)
+    return tdq.calibrate(model, shown, warm_start=False, num_timesteps=length, bins=bins)

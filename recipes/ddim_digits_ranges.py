@@ -62,7 +62,7 @@ def run(config: RangesConfig) -> Path:
     model = load_float_model(config.model)
     points = collect(config.calibration.of_the_sampler(), model, config.steps, config.seed)
     quantized = load_framework("torch_ao").prepare(model.unet, points, Bits.parse(config.bits))
-    observations = observe(quantized, points)
+    observations = observe(quantized, points, model.scheduler, config.steps)
     bank = tdq.scale_bank(quantized)
     grids = dict(zip(bank.names, bank.grids, strict=True))
     moving = dynamics(observations)

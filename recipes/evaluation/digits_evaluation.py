@@ -7,15 +7,19 @@ from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes.config import Section, Seed
 from tdq_plugin.recipes.digits import load_digits
 from tdq_plugin.recipes.digits_classifier import load_classifier
 from tdq_plugin.recipes.evaluation.denoiser import Evaluator
 from tdq_plugin.recipes.evaluation.reference import cached_images
-from tdq_plugin.recipes.evaluation.sampling import sample, scheduler_with
+from tdq_plugin.recipes.evaluation.sampling import offset_of, sample, scheduler_with
 from tdq_plugin.recipes.float_model import FloatModel
 
-__all__ = ["EvaluationSection", "float_images", "make_evaluator"]
+__all__ = ["UNSEEN", "EvaluationSection", "check_measurable", "float_images", "make_evaluator"]
+
+# Where the timesteps lie that no calibration has seen, between two steps of the sampler.
+UNSEEN = 0.5
 
 
 class EvaluationSection(Section):
@@ -26,8 +30,27 @@ class EvaluationSection(Section):
     seed: Seed
 
 
+def check_measurable(model: FloatModel) -> None:
+    """See that the digit classifier takes the model's images.
+
+    Raises:
+        ConfigError: They are not grey.
+    """
+    if model.image_shape[0] != 1:
+        raise ConfigError(
+            f"The model draws images of {model.image_shape[0]} channels, and this recipe measures "
+            "by a classifier of grey digits. Take a recipe of full size, ddim-cifar10-... or "
+            "ldm-churches-..., whose feature networks take colours."
+        )
+
+
 def make_evaluator(
-    section: EvaluationSection, steps: int, model: FloatModel, folder: Path, cache: Path
+    section: EvaluationSection,
+    steps: int,
+    model: FloatModel,
+    folder: Path,
+    cache: Path,
+    data: Tensor | None = None,
 ) -> Evaluator:
     """Draw what methods are compared with; the images are kept for other runs.
 
@@ -37,11 +60,12 @@ def make_evaluator(
         model: The float model.
         folder: Where the float model came from.
         cache: Where its images are kept.
+        data: Real images; None for the bundled digits.
     """
     generator = torch.Generator().manual_seed(section.seed)
     noise = _noise(section, model, generator)
     images = float_images(section, steps, model, folder, cache)
-    halfway = model.scheduler.config.num_train_timesteps // (2 * steps)
+    halfway = offset_of(model.scheduler, steps, UNSEEN)
     trajectory_noise = torch.randn(section.trajectories, *model.latent_shape, generator=generator)
     classifier = load_classifier()
     with tqdm(total=2 * steps, desc="float32: trajectories", unit="step") as progress:
@@ -54,7 +78,7 @@ def make_evaluator(
             other_images=images[section.samples :],
             trajectory_noise=trajectory_noise,
             features=classifier.features,
-            data=load_digits(model.image_shape[1])[0],
+            data=load_digits(model.image_shape[1])[0] if data is None else data,
             decode=model.decode,
             classify=classifier,
             advance=progress.update,

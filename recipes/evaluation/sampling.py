@@ -14,6 +14,7 @@ __all__ = [
     "Denoiser",
     "Trajectories",
     "image_shape",
+    "offset_of",
     "record_trajectories",
     "sample",
     "scheduler_with",
@@ -42,6 +43,16 @@ class Trajectories:
 def image_shape(model: UNet2DModel) -> tuple[int, int, int]:
     """Channels, height and width of the images that a model denoises."""
     return model.config.in_channels, model.config.sample_size, model.config.sample_size
+
+
+def offset_of(scheduler: DDIMScheduler, steps: int, shift: float) -> int:
+    """By how many timesteps a sampler is later that is `shift` of the distance of its steps later.
+
+    Example:
+        >>> offset_of(DDIMScheduler(), 20, 0.5)
+        25
+    """
+    return int(shift * scheduler.config.num_train_timesteps / steps)
 
 
 def scheduler_with(scheduler: DDIMScheduler, steps: int, offset: int = 0) -> DDIMScheduler:

@@ -33,6 +33,7 @@ class Framework(Protocol):
         latency_unit: What the latencies of the report are relative to.
         learns_rounding: Whether reconstruction can learn the rounding of the weights; else they
             keep the framework's own.
+        has_blocks: Whether a prepared model is a graph, which can be trained block by block.
         keeps_dropout: Whether a prepared model drops out in training mode.
         moves_zero_points: Whether a deployed model's zero points may depend on t.
     """
@@ -40,6 +41,7 @@ class Framework(Protocol):
     execution: Literal["int8", "fake"]
     latency_unit: str
     learns_rounding: bool
+    has_blocks: bool
     keeps_dropout: bool
     moves_zero_points: bool
 

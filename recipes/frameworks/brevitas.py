@@ -40,6 +40,7 @@ class _Brevitas:
         "them, by fake quantization in float32"
     )
     learns_rounding = False
+    has_blocks = False
     keeps_dropout = True
     moves_zero_points = True
 

@@ -50,6 +50,7 @@ class _NNCF:
         "fusion of element-wise operations"
     )
     learns_rounding = False
+    has_blocks = False
     keeps_dropout = True
     moves_zero_points = False
 

@@ -27,6 +27,7 @@ class _PT2E:
         "operator by operator in float32, before a backend compiles them"
     )
     learns_rounding = False
+    has_blocks = True
     keeps_dropout = False
     moves_zero_points = True
 

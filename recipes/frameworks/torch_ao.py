@@ -23,6 +23,7 @@ class _TorchAO:
     execution = "int8"
     latency_unit = "ratio to static_int8, median of paired runs"
     learns_rounding = True
+    has_blocks = True
     keeps_dropout = True
     moves_zero_points = True
 

@@ -1,14 +1,16 @@
 """Stages of the PTQ recipes that compare methods: how a run starts, its scales, its rows."""
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from tqdm.auto import tqdm
 
+from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes.correction import CORRECTED, corrected
 from tdq_plugin.recipes.evaluation.denoiser import Evaluator
-from tdq_plugin.recipes.evaluation.digits_evaluation import make_evaluator
-from tdq_plugin.recipes.evaluation.sampling import Denoiser
+from tdq_plugin.recipes.evaluation.digits_evaluation import UNSEEN, check_measurable, make_evaluator
+from tdq_plugin.recipes.evaluation.sampling import Denoiser, offset_of
 from tdq_plugin.recipes.float_model import FloatModel, load_float_model
 from tdq_plugin.recipes.frameworks import Framework, load_framework
 from tdq_plugin.recipes.ptq.config import PTQConfig
@@ -17,7 +19,7 @@ from tdq_plugin.recipes.ptq.methods import check_framework
 from tdq_plugin.recipes.ptq.quantize import Start, quantize_method
 from tdq_plugin.recipes.run_state import RunState
 
-__all__ = ["ComparisonRun", "begin", "measure", "quantize"]
+__all__ = ["ComparisonRun", "begin", "check_unseen", "measure", "quantize"]
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,31 @@ def begin(config: PTQConfig) -> ComparisonRun:
     framework = load_framework(config.adapter)
     config.learns_rounding(framework)
     check_framework(config.methods, framework, config.adapter)
+    config.reconstruction.check(framework, config.adapter)
     model = load_float_model(config.model)
+    check_measurable(model)
+    check_unseen(config, model)
     state = RunState(config.run_folder, config.model_dump(mode="json"), config.changeable)
     evaluator = make_evaluator(
         config.evaluation, config.steps, model, config.model, config.output / "float-images"
     )
     return ComparisonRun(config, framework, model, state, evaluator)
+
+
+def check_unseen(config: PTQConfig, model: FloatModel) -> None:
+    """See that calibration leaves out the timesteps of the test between those of the sampler.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    later = partial(offset_of, model.scheduler, config.steps)
+    both = [shift for shift in config.calibration.shifts if later(shift) == later(UNSEEN)]
+    if both:
+        raise ConfigError(
+            f"calibration.shifts: with steps = {config.steps}, timesteps are whole numbers, so "
+            f"those of {both} are those of the test, {later(UNSEEN)} later than the sampler's. "
+            "Leave these shifts out, or take fewer steps."
+        )
 
 
 def quantize(run: ComparisonRun, start: Start) -> MethodStates:

@@ -4,10 +4,12 @@ import torch
 
 import tdq_plugin as tdq
 from tdq_plugin.recipes.calibration import placeholder
+from tdq_plugin.recipes.evaluation.digits_evaluation import check_measurable
 from tdq_plugin.recipes.evaluation.sampling import scheduler_with
 from tdq_plugin.recipes.float_model import load_float_model
 from tdq_plugin.recipes.frameworks import load_framework
 from tdq_plugin.recipes.plan import Plan
+from tdq_plugin.recipes.ptq.comparison import check_unseen
 from tdq_plugin.recipes.ptq.config import PTQConfig
 from tdq_plugin.recipes.ptq.estimates import calibration_samples, describe_memory, training_steps
 from tdq_plugin.recipes.ptq.methods import METHODS, check_framework
@@ -23,8 +25,11 @@ def plan_of(recipe: str, config: PTQConfig) -> Plan:
     framework = load_framework(config.adapter)
     learn_rounding = config.learns_rounding(framework)
     check_framework(config.methods, framework, config.adapter)
+    config.reconstruction.check(framework, config.adapter)
     model = load_float_model(config.model)
     scheduler_with(model.scheduler, config.steps)
+    check_measurable(model)
+    check_unseen(config, model)
     samples = calibration_samples(config.calibration, config.steps, model.latent_shape)
     points = placeholder(model)
     quantized = framework.prepare(model.unet, points, config.widths)

@@ -89,6 +89,7 @@ def begin(config: FullSizePTQConfig) -> FullSizePTQRun:
     framework = load_framework(config.adapter)
     check_weights(config.weights, framework, config.adapter)
     check_framework(config.methods, framework, config.adapter)
+    config.reconstruction.check(framework, config.adapter)
     accelerator = start_processes()
     with accelerator.main_process_first():
         model = load_model(config).to(accelerator.device)
@@ -117,7 +118,9 @@ def quantize(run: FullSizePTQRun, data: CalibrationSet) -> MethodStates:
     states = MethodStates(run.state, quantized.to(run.accelerator.device))
     unfinished = [name for name in config.methods if not states.finished(name)]
     if unfinished:
-        observations = observe(quantized, data, config.batch_size)
+        observations = observe(
+            quantized, data, run.model.scheduler, config.evaluation.steps, config.batch_size
+        )
         start = Start(run.model, quantized, data, observations)
     for name in unfinished:
         states.reset()

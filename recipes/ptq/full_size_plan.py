@@ -25,6 +25,7 @@ def plan_of(recipe: str, config: FullSizePTQConfig) -> Plan:
     framework = load_framework(config.adapter)
     check_weights(config.weights, framework, config.adapter)
     check_framework(config.methods, framework, config.adapter)
+    config.reconstruction.check(framework, config.adapter)
     model = load_model(config)
     images = load_all_images(config.data, model.image_shape)
     images[torch.arange(1)]  # Can it be read?

@@ -91,11 +91,12 @@ def sampler_weighting(
 ) -> Callable[[Tensor], Tensor]:
     """Weight errors by the share of noise, sqrt(1 - alpha_t).
 
-    At t = 0 errors are far larger and matter least, as hardly any noise is left to remove: there
-    the weight is multiplied by `weight_at_zero`.
+    At the sampler's last timestep, 0 or the scheduler's `steps_offset`, errors are far larger and
+    matter least, as hardly any noise is left to remove: there and below, the weight is multiplied
+    by `weight_at_zero`.
     """
     weights = (1 - scheduler.alphas_cumprod).sqrt()
-    weights[0] *= weight_at_zero
+    weights[: scheduler.config.steps_offset + 1] *= weight_at_zero
 
     def weighting(timesteps: Tensor) -> Tensor:
         chosen: Tensor = weights.to(timesteps.device)[timesteps.round().long()]

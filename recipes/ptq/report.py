@@ -53,7 +53,7 @@ def write_results(recipe: str, run: "ComparisonRun", start: Start, states: Metho
         "versions": versions("tdq-plugin", "torch", "diffusers", "torchmetrics"),
         "rows": _rows(config, state, evaluator),
         "methods": {METHODS[name].title: METHODS[name].description for name in config.methods},
-        "notes": [_rounding(config, run.framework), NOTE],
+        "notes": _notes(config, run.framework),
         "latency": measure_latency(run, start, states),
         "size_bytes": sizes,
         "noise_floor": evaluator.noise_floor(),
@@ -63,10 +63,14 @@ def write_results(recipe: str, run: "ComparisonRun", start: Start, states: Metho
     return state.folder
 
 
-def _rounding(config: "PTQConfig", framework: Framework) -> str:
+def _notes(config: "PTQConfig", framework: Framework) -> list[str]:
     if config.learns_rounding(framework):
-        return "Every trained method learns the rounding of the weights together with its scales."
-    return "All methods share the same weights, rounded to nearest."
+        rounding = "Every trained method learns the rounding of the weights with its scales."
+    else:
+        own = [METHODS[name].title for name in config.methods if METHODS[name].weights is not None]
+        but = f", but {', '.join(own)}, whose weights have their own ranges" if own else ""
+        rounding = f"All methods share the same weights, rounded to nearest{but}."
+    return [rounding, *([NOTE] if config.correction.methods else [])]
 
 
 def _rows(config: "PTQConfig", state: RunState, evaluator: Evaluator) -> list[ReportRow]:

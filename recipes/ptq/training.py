@@ -8,7 +8,9 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes.config import Section
+from tdq_plugin.recipes.frameworks import Framework
 from tdq_plugin.reconstruct import (
     CalibrationSet,
     Granularity,
@@ -44,6 +46,18 @@ class ReconstructionSection(Section):
     granularity: Granularity
     iterations: int = Field(gt=0)
     batch_size: int = Field(gt=0)
+
+    def check(self, framework: Framework, adapter: str) -> None:
+        """See that the framework's models can be trained like this.
+
+        Raises:
+            ConfigError: They have no blocks.
+        """
+        if self.granularity == "block" and not framework.has_blocks:
+            raise ConfigError(
+                f"reconstruction.granularity = 'block': models of adapter = {adapter!r} are no "
+                "graphs, so they have no blocks. Set it to 'network'."
+            )
 
     def of(self, method: TrainingSection, learn_rounding: bool, seed: int) -> MethodTraining:
         """How one method is trained."""

@@ -6,7 +6,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import tdq_plugin as tdq
@@ -15,10 +16,10 @@ from tdq_plugin.observe import Observation
 from tdq_plugin.recipes import calibration
 from tdq_plugin.recipes.correction import corrected, method_of
 from tdq_plugin.recipes.evaluation.denoiser import Evaluator
-from tdq_plugin.recipes.evaluation.digits_evaluation import make_evaluator
+from tdq_plugin.recipes.evaluation.digits_evaluation import check_measurable, make_evaluator
 from tdq_plugin.recipes.evaluation.sampling import Denoiser
 from tdq_plugin.recipes.frameworks import Framework
-from tdq_plugin.recipes.image_data import load_images
+from tdq_plugin.recipes.image_data import load_all_images, load_images
 from tdq_plugin.recipes.objectives import BatchMemory, Objective
 from tdq_plugin.recipes.qat.config import ComparisonConfig
 from tdq_plugin.recipes.qat.methods import METHODS, apply_method, calibrate_bank, check_methods
@@ -84,12 +85,14 @@ def begin(config: ComparisonConfig) -> Comparison:
     """Load framework and float model, follow its sampler, and observe the activations."""
     check_trained(config)
     run = start(config)
+    check_measurable(run.model)
     section = config.calibration.of_the_sampler()
     points = calibration.collect(section, run.model, config.steps, config.seed)
     few = calibration.thinned(points, _POINTS_FOR_PREPARE)
     quantized = run.framework.prepare(run.model.unet, few, config.widths)
     check_methods(config.methods, quantized, config.adapter)
-    return Comparison(run, quantized, points, calibration.observe(quantized, points))
+    observations = calibration.observe(quantized, points, run.model.scheduler, config.steps)
+    return Comparison(run, quantized, points, observations)
 
 
 def objective_of(comparison: Comparison) -> Objective:
@@ -115,7 +118,7 @@ def train_method(comparison: Comparison, name: str, objective: Objective) -> Non
     training = Training(
         quantized,
         run.accelerator,
-        config.training_of(name),
+        config.training,
         config.scale_learning_rates[name],
         config.model_dump(mode="json", exclude={"methods", "evaluation"}),
         config.seed,
@@ -152,7 +155,13 @@ def evaluator_of(comparison: Comparison) -> Evaluator:
         comparison.run.model.to("cpu"),
         Path(config.model),
         config.output / "float-images",
+        None if config.data.source == "digits" else _all_images(comparison),
     )
+
+
+def _all_images(comparison: Comparison) -> Tensor:
+    images = load_all_images(comparison.run.config.data, comparison.run.model.image_shape)
+    return images[torch.arange(len(images))]
 
 
 def execution_of(framework: Framework, name: str) -> Literal["fake", "int8"]:

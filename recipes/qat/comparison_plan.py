@@ -4,6 +4,7 @@ import torch
 
 import tdq_plugin as tdq
 from tdq_plugin.recipes.calibration import placeholder
+from tdq_plugin.recipes.evaluation.digits_evaluation import check_measurable
 from tdq_plugin.recipes.evaluation.sampling import scheduler_with
 from tdq_plugin.recipes.float_model import load_float_model
 from tdq_plugin.recipes.frameworks import load_framework
@@ -24,6 +25,7 @@ def plan_of(recipe: str, config: ComparisonConfig) -> Plan:
     torch.set_num_threads(config.threads)
     framework = load_framework(config.adapter)
     model = load_float_model(config.model)
+    check_measurable(model)
     scheduler_with(model.scheduler, config.steps)
     data, _ = load_images(config.data, model.image_shape)
     points = placeholder(model)
@@ -42,19 +44,8 @@ def plan_of(recipe: str, config: ComparisonConfig) -> Plan:
         "methods": ", ".join(config.methods),
         "steps": f"{iterations:,} for each of {len(config.methods)} methods, batches of "
         f"{config.training.batch_size}",
-        "rates": _learning_rates(config),
         "memory": memory.describe(config.training.batch_size),
         "evaluation": f"{config.evaluation.samples:,} images by {config.steps} DDIM steps",
         "results": str(config.run_folder),
     }
     return Plan(f"tdq run {recipe}", lines)
-
-
-def _learning_rates(config: ComparisonConfig) -> str:
-    methods: dict[float, list[str]] = {}
-    for name in config.methods:
-        methods.setdefault(config.training_of(name).learning_rate, []).append(name)
-    if len(methods) == 1:
-        return f"{next(iter(methods)):g} of the weights"
-    shared = "; ".join(f"{rate:g} for {', '.join(names)}" for rate, names in methods.items())
-    return f"of the weights {shared}"

@@ -1,6 +1,7 @@
 """Stages of the QAT recipes of full size: train one method, keep the best weights, judge them."""
 
 import json
+import math
 from typing import Any
 
 import torch
@@ -156,11 +157,14 @@ def _calibrate(run: QATRun[FullSizeConfig], quantized: nn.Module, images: Images
 def _objective(run: QATRun[FullSizeConfig], images: Images) -> Objective:
     config, points = run.config, None
     if config.objective == "data_free_distillation":
+        steps = config.evaluation.steps
+        bytes_of_one = 4 * math.prod(run.model.latent_shape) * steps
         points = collect_trajectories(
             run.model.denoise,
-            scheduler_with(run.model.scheduler, config.evaluation.steps),
+            scheduler_with(run.model.scheduler, steps),
             run.model.latent_shape,
             config.trajectories,
+            byte_budget=config.trajectories * bytes_of_one,
             seed=config.seed,
         )
     return make_objective(config, run.model, images, points, config.seed, config.data.flip)

@@ -76,25 +76,6 @@ def test_without_a_table_no_model_is_saved(overrides: list[str]) -> None:
     assert "smaller than float32" not in page
 
 
-def test_a_method_can_have_its_own_learning_rate_of_the_weights(
-    overrides: list[str], tiny_pipeline: Path
-) -> None:
-    settings = [
-        "methods=[dynamic, lsq]",
-        "weight_learning_rates={lsq: 1.0e-20}",
-        "name=own-rate",
-        "training.iterations=2",
-    ]
-    folder = QAT.run(QAT.configure([*overrides, *settings]))
-    original = UNet2DModel.from_pretrained(tiny_pipeline, subfolder="unet").state_dict()
-    for method, unchanged in (("dynamic", False), ("lsq", True)):
-        weights = load_file(folder / "weights" / f"{method}.safetensors")
-        shared = [name for name in weights if name.endswith("conv1.weight")]
-        assert shared
-        same = [torch.equal(weights[name], original[name]) for name in shared]
-        assert all(same) if unchanged else not any(same)
-
-
 def test_a_correction_brings_the_mean_of_the_samples_nearer(finished: Path) -> None:
     images = {
         name: load_file(finished / "rows" / f"{name}.int8.safetensors")["images"]
