@@ -226,6 +226,8 @@ def test_only_weights_that_fit_are_taken(finished: Path, tmp_path: Path) -> None
         copy_weights(finished, "lsq", QAT.configure([]), tmp_path / "x")
     with pytest.raises(ConfigError, match=r"is a run with bits=W4A4, not W8A8\."):
         copy_weights(finished, "dynamic", QAT.configure(["bits=W8A8"]), tmp_path / "x")
+    with pytest.raises(ConfigError, match=r"is a run with model=.*pipeline, not .*ddim-digits\."):
+        copy_weights(finished, "dynamic", QAT.configure([]), tmp_path / "x")
     with pytest.raises(ConfigError, match=r"is a run with adapter=torch_ao, not nncf\."):
         copy_weights(finished, "dynamic", QAT.configure(["adapter=nncf"]), tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
@@ -260,6 +262,13 @@ def test_a_bare_no_is_a_text_as_in_the_command_of_a_report() -> None:
     assert (config.training.mixed_precision, config.name) == ("no", "2026")
     repeated = shlex.split(command(QAT.name, config))[3:]
     assert QAT.configure(repeated) == config
+
+
+@pytest.mark.parametrize("name", ["{bits}-mine", "@mine", "%mine", "a: b", "[x"])
+def test_a_text_that_is_no_yaml_can_be_given_again(name: str) -> None:
+    config = QAT.configure([f"name='{name}'"])
+    assert config.name == name
+    assert QAT.configure(shlex.split(command(QAT.name, config))[3:]) == config
 
 
 def test_a_name_that_cannot_be_filled_in() -> None:
