@@ -1,6 +1,7 @@
 """The recipe `ddim-digits-qat` from configuration to report, and after a kill."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -219,6 +220,28 @@ def test_trained_weights_are_measured_with_other_steps(
     assert table.timesteps.tolist() == [0.0, 250.0, 500.0, 750.0]
     rows = json.loads((folder / "report.json").read_text())["rows"]
     assert [row.get("key") for row in rows] == [None, "tdq_nipq"]
+
+
+def test_two_processes_train_and_one_of_them_measures(overrides: list[str]) -> None:
+    settings = ["methods=[lsq]", "evaluation.samples=100", "training.iterations=2"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    program = Path(sys.executable).with_name("tdq")
+    process = subprocess.run(
+        [*launch, str(program), "run", QAT.name, *overrides, *settings, "name=two"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    two, one = (
+        QAT.configure([*overrides, *settings, f"name={name}"]).run_folder for name in ("two", "one")
+    )
+    QAT.run(QAT.configure([*overrides, *settings, "name=one"]))
+    rows = [json.loads((folder / "report.json").read_text())["rows"][1] for folder in (one, two)]
+    for metric in ("trajectory_mse", "pixel_mse", "frechet_distance_to_float"):
+        assert rows[1][metric] == pytest.approx(rows[0][metric], rel=1e-2)
 
 
 def test_only_weights_that_fit_are_taken(finished: Path, tmp_path: Path) -> None:
