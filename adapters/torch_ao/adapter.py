@@ -10,7 +10,7 @@ from tdq_plugin.adapters.torch_ao.fake_quantize import TDQFakeQuantize, initiali
 from tdq_plugin.errors import AdapterError
 from tdq_plugin.graph.compute import (
     is_layer,
-    make_operands_positional,
+    normalise_calls,
     operand_indices,
     quantizer_nodes,
 )
@@ -37,7 +37,7 @@ class TorchAOAdapter:
     @staticmethod
     def quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
         graph_module = _as_graph_module(model)
-        make_operands_positional(graph_module.graph)
+        normalise_calls(graph_module.graph)
         _separate(graph_module)
         _strip(graph_module)
         initialise_weights(graph_module)
