@@ -11,7 +11,7 @@ from tdq_plugin.attach import named_quantizers, scale_bank
 from tdq_plugin.batch_layout import check_layout, fingerprints, holds_samples, next_places
 from tdq_plugin.errors import AdapterError, CalibrationError
 from tdq_plugin.evaluation_mode import evaluation_mode
-from tdq_plugin.observe import Observation, TimestepObserver
+from tdq_plugin.observe import Observation, TimestepObserver, results
 from tdq_plugin.quantizer import ActivationQuantizer
 from tdq_plugin.ranges import RangeMethod, search_range, search_scale
 from tdq_plugin.scales.bank import ScaleBank, TrainableBank
@@ -45,9 +45,9 @@ def calibrate(
         What was observed, by quantizer name.
 
     Raises:
-        CalibrationError: No data, values that are not finite, timesteps outside the process, or an
-            activation that does not hold the samples along dimension 0, batch-major, which the
-            first batch of several samples shows.
+        CalibrationError: No data, or none for some layer, values that are not finite, timesteps
+            outside the process, or an activation that does not hold the samples along dimension 0,
+            batch-major, which the first batch of several samples shows.
     """
     with calibration(model, **options) as observers, torch.no_grad():
         watch = _watch_of(model)
@@ -56,7 +56,7 @@ def calibrate(
             model(*args, **kwargs)
             if not watch.layout_checked:
                 watch.check_layout(model, args, kwargs)
-    observations = {name: observer.result() for name, observer in observers.items()}
+    observations = results(observers)
     initialise_scales(scale_bank(model), observations, method, warm_start)
     return observations
 
