@@ -6,7 +6,7 @@ each quantizer hands it its row. Frameworks that replace modules share this road
 
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -19,6 +19,7 @@ from tdq_plugin.timestep import bind_timestep, find_timestep_argument
 
 __all__ = [
     "ScaleRow",
+    "argument_names",
     "at_timestep",
     "checkpoint_contexts",
     "connect_rows",
@@ -108,6 +109,30 @@ def checkpoint_contexts(
     """
     current = _current_rows(model)
     return nullcontext(), current.given(current.take())
+
+
+def argument_names(model: nn.Module, conditions: Container[str] = ()) -> tuple[str, str]:
+    """What the model's forward calls the sample and the timestep.
+
+    Args:
+        model: The attached model.
+        conditions: Names of arguments that are given, too. The sample is the first argument that
+            is neither the timestep nor one of them.
+
+    Raises:
+        AdapterError: The model's scales do not travel by hooks, or no argument is left for the
+            sample.
+    """
+    current = _current_rows(model)
+    arguments, timestep = list(current.signature.parameters), current.timestep_argument
+    for name in arguments:
+        if name != timestep and name not in conditions:
+            return name, timestep
+    raise AdapterError(
+        f"The forward of this {type(model).__name__} has the arguments {arguments}, and besides "
+        f"the timestep {timestep!r} and the conditions that were given none is left for the "
+        "sample. Give conditions by the names of other arguments."
+    )
 
 
 def _current_rows(model: nn.Module) -> "_CurrentRows":
