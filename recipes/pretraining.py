@@ -228,15 +228,16 @@ def pretrain(
     training = Training(config, model)
     training.load(checkpoint)
     _check_loss(model, loss_of)
-    RunState(config.run_folder, settings, config.changeable)
     progress = tqdm(total=config.iterations, initial=training.step, desc="pretrain", mininterval=10)
     while training.step < config.iterations:
         training.advance(loss_of)
         progress.update()
         if training.step % config.checkpoint_every == 0:
             progress.set_postfix(loss=f"{mean(training.losses[-500:]):.4f}")
+            RunState(config.run_folder, settings, config.changeable)
             training.save(checkpoint)
     progress.close()
+    RunState(config.run_folder, settings, config.changeable)
     training.average.copy_to(model.parameters())
     model.eval()
     return training.losses

@@ -12,7 +12,7 @@ from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_file
 from tdq_plugin.recipes.evaluation.denoiser import Result
 
-__all__ = ["RunState", "check_folder", "check_same_settings", "differences", "read_settings"]
+__all__ = ["RunState", "check_folder", "differences", "read_settings"]
 
 
 class RunState:
@@ -75,25 +75,16 @@ def check_folder(folder: Path, config: dict[str, Any], changeable: Collection[st
     """See that a run's folder holds no other run; `changeable` settings may differ.
 
     Raises:
-        ConfigError: It does.
+        ConfigError: It does; the message names every setting that differs.
     """
     path = folder / "config.json"
     if path.exists():
-        remedy = "Choose another name=..., or remove the folder."
-        check_same_settings(path, config, remedy, changeable)
-
-
-def check_same_settings(
-    path: Path, config: dict[str, Any], remedy: str, changeable: Collection[str] = ()
-) -> None:
-    """See that a run's `config.json` holds a configuration; `changeable` settings may differ.
-
-    Raises:
-        ConfigError: It holds another one; the message names every setting that differs.
-    """
-    shown = differences(read_settings(path), config, changeable)
-    if shown:
-        raise ConfigError(f"{path.parent} holds a run with other settings: {shown}. {remedy}")
+        shown = differences(read_settings(path), config, changeable)
+        if shown:
+            raise ConfigError(
+                f"{folder} holds a run with other settings: {shown}. Choose another name=..., or "
+                "remove the folder."
+            )
 
 
 def read_settings(path: Path) -> dict[str, Any]:

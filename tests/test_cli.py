@@ -53,7 +53,13 @@ def test_run_tells_where_the_results_are(tmp_path: Path) -> None:
     result = tdq("run", "digits-classifier", f"output={tmp_path}", "epochs=1", "batch_size=4500")
     assert result.exit_code == 0, result.output
     assert f"Results are in {tmp_path / 'digits-classifier'}" in result.stdout
-    assert (tmp_path / "digits-classifier" / "model.safetensors").is_file()
+    weights = tmp_path / "digits-classifier" / "model.safetensors"
+    assert weights.is_file()
+    (weights.parent / "notes.txt").write_text("precious")
+    result = tdq("run", "digits-classifier", f"output={tmp_path}", "epochs=1")
+    assert result.exit_code == 1
+    assert "exists. Remove it, or choose another folder: name=..., output=..." in result.stderr
+    assert (weights.parent / "notes.txt").read_text() == "precious"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """`prepare`: give the quantizers that `nncf.quantize` placed to TDQ."""
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ from tdq_plugin.adapters.nncf.weights import weight_quantizer
 from tdq_plugin.errors import AdapterError, TimestepError
 from tdq_plugin.grid import check_bits
 from tdq_plugin.layer_names import choose_layers
+from tdq_plugin.quantizer_names import name_quantizers
 from tdq_plugin.timestep import find_timestep_argument
 
 __all__ = ["prepare"]
@@ -156,21 +156,14 @@ def _without(sites: list[Site], float_layers: list[str]) -> list[Site]:
 
 
 def _name(sites: list[Site]) -> dict[str, Site]:
-    """Name each quantizer by its first consumer, as the other adapters do."""
-    named: dict[str, Site] = {}
-    products: dict[int, str] = {}
-    calls: Counter[str] = Counter()
+    """The quantizers in order of execution, by name."""
+    consumers: dict[int, tuple[str | None, dict[int, Site]]] = {}
     for site in sites:
-        operand = site.operands[0]
-        if operand.layer is not None:
-            name = f"{operand.layer}.input"
-            calls[name] += 1
-            name = f"{name}.{calls[name] - 1}" if calls[name] > 1 else name
-        else:
-            product = products.setdefault(operand.operation, f"product.{len(products)}")
-            name = f"{product}.{operand.port}"
-        named[name] = site
-    return named
+        for operand in site.operands:
+            _, operands = consumers.setdefault(operand.operation, (operand.layer, {}))
+            operands[operand.port] = site
+    names = name_quantizers(consumers[operation] for operation in sorted(consumers))
+    return {names[site]: site for site in sites}
 
 
 def _exchange(model: nn.Module, sites: list[Site], exchanged: list[tuple[Site, nn.Module]]) -> None:

@@ -1,7 +1,6 @@
 """How a scale bank is attached to a graph that torchao prepared."""
 
 import copy
-from collections import Counter
 from collections.abc import Iterable
 from types import MethodType
 from typing import Any, cast
@@ -16,6 +15,7 @@ from tdq_plugin.graph.compute import quantizer_nodes
 from tdq_plugin.graph.scale_edge import connect_scales
 from tdq_plugin.graph.timestep_path import sees_samples, sources
 from tdq_plugin.quantizer import ActivationQuantizer
+from tdq_plugin.quantizer_names import name_quantizers
 from tdq_plugin.registry import register_adapter
 from tdq_plugin.weights import follow_loaded_weight
 
@@ -97,7 +97,7 @@ def _strip(graph_module: fx.GraphModule) -> None:
     depends = sources(graph)
     for node in quantizer_nodes(graph):
         users = node.users if sees_samples(depends[node]) else ()
-        _keep_for(node, [user for user in users if node in _operands(user)])
+        _keep_for(node, [user for user in users if node in _operands(user).values()])
     for node in _weight_quantizer_nodes(graph_module):
         _keep_for(node, [u for u in node.users if is_layer(u) and sees_samples(depends[u])])
     graph_module.delete_all_unused_submodules()
@@ -113,8 +113,8 @@ def _keep_for(node: fx.Node, kept: list[fx.Node]) -> None:
         node.graph.erase_node(node)
 
 
-def _operands(node: fx.Node) -> list[Any]:
-    return [node.args[index] for index in operand_indices(node)]
+def _operands(node: fx.Node) -> dict[int, Any]:
+    return {index: node.args[index] for index in operand_indices(node)}
 
 
 def _initialise_weights(graph_module: fx.GraphModule) -> None:
@@ -136,26 +136,16 @@ def _weight_quantizer_nodes(graph_module: fx.GraphModule) -> list[fx.Node]:
 
 
 def _named_nodes(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
-    """Each quantizer by its first consumer, so that names agree between frameworks."""
-    named: dict[fx.Node, str] = {}
-    quantizers, products = set(quantizer_nodes(graph_module.graph)), 0
-    calls: Counter[str] = Counter()
-    for user in graph_module.graph.nodes:
-        operands = _operands(user)
-        if not quantizers.intersection(operands):
-            continue
-        if is_layer(user):
-            name = f"{layer_path(user)}.input"
-            calls[name] += 1
-            suffixes = [f".{calls[name] - 1}" if calls[name] > 1 else ""]
-        else:
-            name = f"product.{products}"
-            products += 1
-            suffixes = [f".{index}" for index in operand_indices(user)]
-        for operand, suffix in zip(operands, suffixes, strict=True):
-            if operand in quantizers:
-                named.setdefault(operand, name + suffix)
-    return {name: node for node, name in named.items()}
+    """The quantizers in the order of what reads them, by name."""
+    quantizers = set(quantizer_nodes(graph_module.graph))
+    names = name_quantizers(
+        (
+            layer_path(node) if is_layer(node) else None,
+            {index: operand for index, operand in _operands(node).items() if operand in quantizers},
+        )
+        for node in graph_module.graph.nodes
+    )
+    return {name: node for node, name in names.items()}
 
 
 def _separate(graph_module: fx.GraphModule, nodes: Iterable[fx.Node]) -> None:

@@ -10,7 +10,7 @@ from tdq_plugin.adapters.torch_ao.fake_quantize import TDQFakeQuantize, initiali
 from tdq_plugin.errors import AdapterError
 from tdq_plugin.graph.compute import (
     is_layer,
-    make_operands_positional,
+    normalise_calls,
     operand_indices,
     quantizer_nodes,
 )
@@ -18,6 +18,7 @@ from tdq_plugin.graph.scale_edge import connect_scales
 from tdq_plugin.graph.timestep_node import find_timestep_node, insert_timestep_node
 from tdq_plugin.graph.timestep_path import sees_samples, sources
 from tdq_plugin.quantizer import ActivationQuantizer
+from tdq_plugin.quantizer_names import name_quantizers
 from tdq_plugin.registry import register_adapter
 from tdq_plugin.timestep import find_timestep_argument
 
@@ -37,12 +38,12 @@ class TorchAOAdapter:
     @staticmethod
     def quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
         graph_module = _as_graph_module(model)
-        make_operands_positional(graph_module.graph)
+        normalise_calls(graph_module.graph)
         _separate(graph_module)
         _strip(graph_module)
         initialise_weights(graph_module)
-        nodes = quantizer_nodes(graph_module.graph)
-        return {name: _module(graph_module, node) for name, node in _name(nodes).items()}
+        nodes = _name(graph_module.graph)
+        return {name: _module(graph_module, node) for name, node in nodes.items()}
 
     @staticmethod
     def connect(model: nn.Module, timestep_argument: str | None) -> None:
@@ -52,7 +53,7 @@ class TorchAOAdapter:
             timestep = find_timestep_argument(graph_module.forward, timestep_argument)
             sample = next((name for name in names if name != timestep), None)
             insert_timestep_node(graph_module.graph, timestep, sample)
-        connect_scales(graph_module, list(_name(quantizer_nodes(graph_module.graph)).values()))
+        connect_scales(graph_module, list(_name(graph_module.graph).values()))
 
 
 def _separate(graph_module: fx.GraphModule) -> None:
@@ -112,22 +113,20 @@ def _with_grid(graph_module: fx.GraphModule, node: fx.Node, quantizer: TDQFakeQu
         return graph_module.graph.call_module(path, (node.args[0],))
 
 
-def _name(nodes: list[fx.Node]) -> dict[str, fx.Node]:
-    """Name each quantizer by its first consumer, so that names agree between frameworks."""
-    named: dict[str, fx.Node] = {}
-    products: dict[fx.Node, str] = {}
-    calls: Counter[str] = Counter()
-    for node in nodes:
-        user = next(user for user in node.users if operand_indices(user))
-        if is_layer(user):
-            name = f"{user.target}.input"
-            calls[name] += 1
-            name = f"{name}.{calls[name] - 1}" if calls[name] > 1 else name
-        else:
-            product = products.setdefault(user, f"product.{len(products)}")
-            name = f"{product}.{list(user.args).index(node)}"
-        named[name] = node
-    return named
+def _name(graph: fx.Graph) -> dict[str, fx.Node]:
+    """The quantizers in order of execution, by name."""
+    nodes = quantizer_nodes(graph)
+    names = name_quantizers((_layer(node), _operands(node, nodes)) for node in graph.nodes)
+    return {names[node]: node for node in nodes}
+
+
+def _layer(node: fx.Node) -> str | None:
+    return str(node.target) if is_layer(node) else None
+
+
+def _operands(node: fx.Node, quantizers: list[fx.Node]) -> dict[int, fx.Node]:
+    operands = {index: node.args[index] for index in operand_indices(node)}
+    return {k: cast(fx.Node, operand) for k, operand in operands.items() if operand in quantizers}
 
 
 def _module(graph_module: fx.GraphModule, node: fx.Node) -> TDQFakeQuantize:

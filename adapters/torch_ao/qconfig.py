@@ -16,7 +16,7 @@ from torch.ao.quantization.backend_config import (
 )
 
 from tdq_plugin.adapters.torch_ao.fake_quantize import TDQFakeQuantize, TDQWeightFakeQuantize
-from tdq_plugin.graph.compute import LAYERS, PRODUCTS, is_layer, unsupported
+from tdq_plugin.graph.compute import LAYERS, PRODUCTS, inner_layers, is_layer, unsupported
 from tdq_plugin.graph.timestep_path import Source, sees_samples, sources
 from tdq_plugin.layer_names import choose_layers
 
@@ -55,8 +55,9 @@ def tdq_qconfig_mapping(
     """The mapping for `prepare_qat_fx` or `prepare_fx`: compute layers and matrix products.
 
     Layers that depend on the timestep but not on the sample (the time embedding and its
-    projections) stay float. So do transposed and 3-d convolutions, `einsum`, functional layers and
-    subclasses of layers, of which a warning tells.
+    projections) stay float. So do transposed and 3-d convolutions, recurrent layers, `einsum`,
+    functional layers, subclasses of layers, and modules of torch that the graph calls as a whole,
+    such as `nn.MultiheadAttention`, with the layers in them; a warning tells of these.
 
     Args:
         graph_module: The traced model.
@@ -85,7 +86,11 @@ def tdq_qconfig_mapping(
     if first_last_bits is not None and layers:
         outer = tdq_qconfig(first_last_bits, first_last_bits, *symmetric)
         mapping = mapping.set_module_name(layers[0], outer).set_module_name(layers[-1], outer)
-    for name in (*conditioning, *choose_layers([*layers, *conditioning], float_layers)):
+    chosen = choose_layers([*layers, *conditioning], float_layers)
+    # torch.ao knows layers by their type, and would quantize the weights of layers whose inputs
+    # it does not see.
+    inner = [name for node in graph_module.graph.nodes for name in inner_layers(node)]
+    for name in (*conditioning, *chosen, *inner):
         mapping = mapping.set_module_name(name, None)
     return mapping
 
@@ -115,8 +120,9 @@ def _warn_of_float(graph: fx.Graph) -> None:
     ]
     if names:
         warnings.warn(
-            f"{len(names)} operations stay float, because only Conv1d, Conv2d, Linear and matrix "
-            f"products are quantized: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}.",
+            f"{len(names)} operations stay float, because only those Conv1d, Conv2d, Linear and "
+            "products of batches of matrices are quantized that the graph shows: "
+            f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}.",
             stacklevel=3,
         )
 

@@ -16,7 +16,7 @@ from tdq_plugin.observe import Observation
 from tdq_plugin.recipes import calibration
 from tdq_plugin.recipes.correction import corrected, method_of
 from tdq_plugin.recipes.evaluation.denoiser import Evaluator
-from tdq_plugin.recipes.evaluation.digits_evaluation import check_measurable, make_evaluator
+from tdq_plugin.recipes.evaluation.digits_evaluation import make_evaluator
 from tdq_plugin.recipes.evaluation.sampling import Denoiser
 from tdq_plugin.recipes.frameworks import Framework
 from tdq_plugin.recipes.image_data import load_all_images, load_images
@@ -85,7 +85,6 @@ def begin(config: ComparisonConfig) -> Comparison:
     """Load framework and float model, follow its sampler, and observe the activations."""
     check_trained(config)
     run = start(config)
-    check_measurable(run.model)
     section = config.calibration.of_the_sampler()
     points = calibration.collect(section, run.model, config.steps, config.seed)
     few = calibration.thinned(points, _POINTS_FOR_PREPARE)

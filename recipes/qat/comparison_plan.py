@@ -4,7 +4,6 @@ import torch
 
 import tdq_plugin as tdq
 from tdq_plugin.recipes.calibration import placeholder
-from tdq_plugin.recipes.evaluation.digits_evaluation import check_measurable
 from tdq_plugin.recipes.evaluation.sampling import scheduler_with
 from tdq_plugin.recipes.float_model import load_float_model
 from tdq_plugin.recipes.frameworks import load_framework
@@ -25,7 +24,7 @@ def plan_of(recipe: str, config: ComparisonConfig) -> Plan:
     torch.set_num_threads(config.threads)
     framework = load_framework(config.adapter)
     model = load_float_model(config.model)
-    check_measurable(model)
+    config.check_model(model)
     scheduler_with(model.scheduler, config.steps)
     data, _ = load_images(config.data, model.image_shape)
     points = placeholder(model)

@@ -9,8 +9,9 @@ from tdq_plugin.recipes.bits import Bits, BitsName
 from tdq_plugin.recipes.calibration import TrajectorySection
 from tdq_plugin.recipes.config import RecipeConfig, Section, filled_in, other_noise
 from tdq_plugin.recipes.correction import CorrectionSection, row_titles
-from tdq_plugin.recipes.evaluation.digits_evaluation import EvaluationSection
+from tdq_plugin.recipes.evaluation.digits_evaluation import EvaluationSection, check_measurable
 from tdq_plugin.recipes.evaluation.sample_evaluation import SampleEvaluationSection
+from tdq_plugin.recipes.float_model import FloatModel
 from tdq_plugin.recipes.frameworks import FrameworkName
 from tdq_plugin.recipes.image_data import DataSection
 from tdq_plugin.recipes.objectives import ObjectiveName, WeightingName
@@ -58,6 +59,9 @@ class QATConfig(RecipeConfig):
     def widths(self) -> Bits:
         """The bits as numbers."""
         return Bits.parse(self.bits)
+
+    def check_model(self, model: FloatModel) -> None:
+        """See that the recipe can take the float model; one that takes all says nothing."""
 
 
 class ComparisonConfig(QATConfig):
@@ -116,6 +120,14 @@ class ComparisonConfig(QATConfig):
         return steps
 
     _other_noise = field_validator("evaluation")(other_noise)
+
+    def check_model(self, model: FloatModel) -> None:
+        """See that the model's images can be measured.
+
+        Raises:
+            ConfigError: They are not grey.
+        """
+        check_measurable(model)
 
     @property
     def run_folder(self) -> Path:

@@ -70,6 +70,7 @@ def start(config: Config) -> QATRun[Config]:
     )
     with accelerator.main_process_first():
         model = load_float_model(config.model)
+        config.check_model(model)
         state = RunState(config.run_folder, settings, config.changeable)
     return QATRun(config, framework, model.to(accelerator.device), accelerator, state)
 

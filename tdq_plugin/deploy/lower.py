@@ -32,6 +32,7 @@ from tdq_plugin.graph.timestep_path import Source, sources
 from tdq_plugin.options import check_option
 from tdq_plugin.quantizer import ActivationQuantizer
 from tdq_plugin.scales.frozen import FrozenBank
+from tdq_plugin.weights import WeightQuantizer
 
 __all__ = ["LOOKUP", "Int8Description", "describe", "lower_to_int8"]
 
@@ -82,8 +83,8 @@ def lower_to_int8(
 
     Raises:
         AdapterError: The model is not frozen, not on the CPU, exported by `torch.export`, has a
-            quantizer that is switched off or one that is dynamic for `activations="table"`, or a
-            layer without int8 form.
+            quantizer that is switched off or one that is dynamic for `activations="table"`, a
+            layer without int8 form, or a quantized weight that the graph does not show.
         ConfigError: There is no such kind of `activations`.
         LookupRuleError: The cache was asked for with a lookup rule other than `exact`.
         TraceError: The timestep path cannot be tabulated.
@@ -106,6 +107,7 @@ def lower_to_int8(
     _insert_lookup(lowered, quantizers, cache_timestep_path)
     lowered.graph.eliminate_dead_code()
     lowered.delete_all_unused_submodules()
+    _check_no_weight_quantizer(lowered)
     lowered.graph.lint()
     lowered.recompile()
     return lowered.requires_grad_(False)
@@ -160,6 +162,9 @@ def _lower_layers(graph_module: fx.GraphModule) -> dict[str, int]:
         layer = graph_module.get_submodule(path)
         quantizer = weight_quantizer(layer)
         if quantizer is None:
+            # One that is switched off leaves with its layer.
+            if hasattr(layer, "weight_fake_quant"):
+                graph_module.set_submodule(path, float_layer(layer))
             continue
         if quantizers.issuperset(arguments) and has_integer_kernel(layer):
             bits[path] = quantizer.grid.bits
@@ -169,6 +174,18 @@ def _lower_layers(graph_module: fx.GraphModule) -> dict[str, int]:
         else:
             graph_module.set_submodule(path, float_layer(layer))
     return bits
+
+
+def _check_no_weight_quantizer(graph_module: fx.GraphModule) -> None:
+    for path, module in graph_module.named_modules():
+        if isinstance(module, WeightQuantizer):
+            layer = path.rpartition(".")[0]
+            raise AdapterError(
+                f"The weight of {layer!r} is quantized, and the graph calls no Conv1d, Conv2d or "
+                "Linear of this name: it is another layer, or within a module that is called as a "
+                "whole. Make the mapping with tdq_qconfig_mapping, or add "
+                f"set_module_name({layer!r}, None) to your own."
+            )
 
 
 def _largest_code(graph_module: fx.GraphModule, node: object) -> int:

@@ -11,10 +11,11 @@ from tdq_plugin.quantizer import ActivationQuantizer
 __all__ = [
     "LAYERS",
     "PRODUCTS",
+    "inner_layers",
     "is_layer",
     "is_product",
     "is_quantizer",
-    "make_operands_positional",
+    "normalise_calls",
     "operand_indices",
     "quantizer_nodes",
     "unsupported",
@@ -29,10 +30,23 @@ PRODUCTS: dict[Any, tuple[str, ...]] = {
     nn.functional.scaled_dot_product_attention: ("query", "key", "value"),
 }
 
-
-_OTHER_LAYERS = (nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear)
+_METHODS = {
+    function.__name__: function
+    for function in (torch.matmul, torch.bmm, torch.baddbmm, torch.mm, torch.addmm)
+}
+_OTHER_LAYERS = (
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Bilinear,
+    nn.RNNBase,
+    nn.RNNCellBase,
+)
 _OTHER_CALLS = (
     torch.einsum,
+    torch.mm,
+    torch.addmm,
     torch.conv1d,
     torch.conv2d,
     torch.conv3d,
@@ -74,14 +88,43 @@ def operand_indices(node: fx.Node) -> list[int]:
     return list(range(first, len(PRODUCTS[node.target])))
 
 
-def make_operands_positional(graph: fx.Graph) -> None:
-    """Let `matmul(input=a, other=b)` be `matmul(a, b)`: operands are known by their position."""
+def normalise_calls(graph: fx.Graph) -> None:
+    """Let `a.matmul(b)` and `matmul(input=a, other=b)` be `matmul(a, b)`; in place.
+
+    Operations are known by their function, as torch.ao does, and operands by their position.
+    """
     for node in graph.nodes:
+        if node.op == "call_method" and node.target in _METHODS:
+            node.op, node.target = "call_function", _METHODS[str(node.target)]
         names = ("input",) if is_layer(node) else PRODUCTS.get(node.target, ())
         for name in names[len(node.args) :]:
             if name in node.kwargs:
                 node.args = (*node.args, node.kwargs[name])
                 node.kwargs = {key: value for key, value in node.kwargs.items() if key != name}
+
+
+def inner_layers(node: fx.Node) -> list[str]:
+    """Paths of the layers within a module that the graph calls as a whole.
+
+    Example:
+        >>> class Model(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.attention = nn.MultiheadAttention(2, 1)
+        ...     def forward(self, x):
+        ...         return self.attention(x, x, x)
+        >>> graph_module = fx.symbolic_trace(Model())
+        >>> [inner_layers(node) for node in graph_module.graph.nodes][1]
+        ['attention.out_proj']
+    """
+    called = _called(node)
+    if called is None:
+        return []
+    return [
+        f"{node.target}.{path}"
+        for path, module in called.named_modules(remove_duplicate=False)
+        if path and isinstance(module, (*LAYERS, *_OTHER_LAYERS))
+    ]
 
 
 def unsupported(node: fx.Node) -> str | None:
@@ -97,7 +140,7 @@ def unsupported(node: fx.Node) -> str | None:
     called = _called(node)
     # A subclass may compute something else, so the frameworks go by the exact type.
     is_subclass = isinstance(called, LAYERS) and type(called) not in LAYERS
-    if isinstance(called, _OTHER_LAYERS) or is_subclass:
+    if isinstance(called, _OTHER_LAYERS) or is_subclass or inner_layers(node):
         return f"{node.target} ({type(called).__name__})"
     return None
 

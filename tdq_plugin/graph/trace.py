@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tdq_plugin.errors import TDQError, TraceError
 from tdq_plugin.evaluation_mode import evaluation_mode
-from tdq_plugin.graph.compute import make_operands_positional
+from tdq_plugin.graph.compute import normalise_calls
 from tdq_plugin.graph.concolic import ConcolicTracer
 from tdq_plugin.graph.dropout import dropout_to_modules
 from tdq_plugin.graph.timestep_node import find_timestep_node, insert_timestep_node
@@ -78,7 +78,7 @@ def trace(
         call.arguments[timestep_name] = as_timesteps(call.arguments[timestep_name], device)
         graph_module = _record(model, call)
     insert_timestep_node(graph_module.graph, timestep_name, sample_name)
-    make_operands_positional(graph_module.graph)
+    normalise_calls(graph_module.graph)
     graph_module.recompile()
     return graph_module
 

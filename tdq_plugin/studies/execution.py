@@ -68,12 +68,14 @@ def plan_run(definition: StudyDefinition, spec: RunSpec, records: Path) -> Plann
     wanted = portable(config.model_dump(mode="json"))
     if path.exists():
         known = portable(read_settings(path))
-        _check_same(folder, known, wanted, "Remove the folder, or choose another --output.")
+        remedy = "Remove the folder, or choose another --output."
+        _check_same(f"{folder} holds a run", known, wanted, remedy)
     seconds = _expected_seconds(definition.costs[spec.recipe], config)
     record, here = records / f"{spec.name}.safetensors", (folder / "report.json").exists()
     if record.exists() and not here:
         known = dict(load_record(record).config)
-        _check_same(record, known, wanted, "Remove the file, or choose another --results.")
+        remedy = "Remove the file, or choose another --results."
+        _check_same(f"{record} is of a run", known, wanted, remedy)
     return PlannedRun(spec, folder, record, seconds, here, here or record.exists())
 
 
@@ -139,10 +141,10 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
-def _check_same(path: Path, known: dict[str, Any], wanted: dict[str, Any], remedy: str) -> None:
+def _check_same(found: str, known: dict[str, Any], wanted: dict[str, Any], remedy: str) -> None:
     shown = differences(known, wanted)
     if shown:
-        raise ConfigError(f"{path} is of a run with other settings: {shown}. {remedy}")
+        raise ConfigError(f"{found} with other settings: {shown}. {remedy}")
 
 
 class _Progress:

@@ -3,6 +3,7 @@
 import copy
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from contract.brevitas_adapter import Brevitas
@@ -66,6 +67,7 @@ class TorchAOGraphPTQ:
 
 class TorchAOEager:
     name = "torch_ao_eager"
+    lacks = MappingProxyType({"products": "without a graph, only modules are quantized"})
 
     def prepare(self, model, example_inputs, activations, weights):
         return quantize_eager(model, activations, weights, first_last_bits=None)
@@ -75,9 +77,9 @@ class TorchAOEager:
 
 
 @cache
-def _exported(attention):
+def _exported(network, *arguments):
     """Export takes its seconds, and knows the weights of the model as parameters only."""
-    return pt2e.export(TinyDenoiser(attention).eval(), example_inputs())
+    return pt2e.export(network(*arguments).eval(), example_inputs())
 
 
 class PT2E:
@@ -85,9 +87,8 @@ class PT2E:
 
     def prepare(self, model, example_inputs, activations, weights):
         quantizer = TDQQuantizer(activations, weights, first_last_bits=None)
-        if not isinstance(model, TinyDenoiser):
-            return prepare_qat_pt2e(pt2e.export(model, example_inputs), quantizer)
-        exported = copy.deepcopy(_exported(model.attention))
+        arguments = (model.attention,) if type(model) is TinyDenoiser else ()
+        exported = copy.deepcopy(_exported(type(model), *arguments))
         missing, _ = exported.load_state_dict(model.state_dict(), strict=False)
         assert not set(missing) & set(model.state_dict())
         return prepare_qat_pt2e(exported, quantizer)

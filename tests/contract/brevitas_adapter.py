@@ -1,6 +1,7 @@
 """Brevitas under the contract: layers exchanged by `layerwise_quantize`."""
 
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from brevitas.export.inference import quant_inference_mode
@@ -16,6 +17,7 @@ __all__ = ["Brevitas"]
 
 class Brevitas:
     name = "brevitas"
+    lacks = MappingProxyType({"products": "layers are exchanged; other products stay float"})
 
     def prepare(self, model, example_inputs, activations, weights):
         return quantize_layerwise(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["BATCHES", "STEPS", "TinyDenoiser", "TokensFirst", "example_inputs"]
+__all__ = ["BATCHES", "STEPS", "TinyDenoiser", "TokensFirst", "ValueFirst", "example_inputs"]
 
 STEPS = (0, 100, 250, 600, 999)
 
@@ -50,8 +50,26 @@ class TokensFirst(nn.Module):
         self.first, self.middle, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        hidden = self.first(sample) * (1 + timestep.reshape(-1, 1, 1) / 1000)
-        return self.last(self.middle(hidden.transpose(0, 1).tanh()).transpose(0, 1))
+        hidden = self.first(sample[:, 0]) * (1 + timestep.reshape(-1, 1, 1) / 1000)
+        return self.last(self.middle(hidden.transpose(0, 1).tanh()).transpose(0, 1))[:, None]
+
+
+class ValueFirst(nn.Module):
+    """Attention whose value is computed before query and key, and read after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.value, self.query, self.key = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
+        if not isinstance(timestep, Tensor):
+            timestep = torch.tensor([timestep])
+        hidden = self.first(sample[:, 0]) * (1 + timestep / 1000).reshape(-1, 1, 1)
+        value = self.value(hidden) * 5
+        query, key = self.query(hidden), self.key(hidden)
+        weights = torch.matmul(query, key.transpose(1, 2)).softmax(-1)
+        return self.last(weights.matmul(value))[:, None]
 
 
 def _heads(tokens: Tensor) -> Tensor:

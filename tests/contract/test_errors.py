@@ -52,13 +52,12 @@ def test_timestep_that_is_none_of_the_forms(make):
 
 def test_samples_along_another_dimension(adapter):
     timesteps = torch.tensor([10, 300, 600, 990])
-    example = torch.randn(2, 4, 8), timesteps[:2]
-    model = tdq.attach(adapter.prepare(TokensFirst().eval(), example, 8, 8))
+    model = tdq.attach(adapter.prepare(TokensFirst().eval(), example_inputs(), 8, 8))
     # Where all samples have one timestep, they have one scale.
-    tdq.calibrate(model, [(torch.randn(4, 4, 8), step) for step in timesteps])
+    tdq.calibrate(model, [(torch.randn(4, 1, 8, 8), step) for step in timesteps])
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(CalibrationError, match=r"'middle.input' does not hold the 4 samples"):
-        tdq.calibrate(model, [(torch.randn(4, 4, 8), timesteps)])
+        tdq.calibrate(model, [(torch.randn(4, 1, 8, 8), timesteps)])
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
 

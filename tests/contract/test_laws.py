@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from contract.adapters import ADAPTERS
-from contract.networks import BATCHES, STEPS, TinyDenoiser, example_inputs
+from contract.networks import BATCHES, STEPS, TinyDenoiser, ValueFirst, example_inputs
 from contract.recording import recorded_calls
 
 import tdq_plugin as tdq
@@ -107,20 +107,58 @@ def test_mixed_timesteps_equal_the_samples_one_by_one(make):
 
 @pytest.mark.parametrize("bits", [(8, 8), (8, 4), (4, 4)])
 def test_all_adapters_give_the_same_values(tmp_path, bits):
-    results = {}
-    for adapter in ADAPTERS:
+    _compare(ADAPTERS, lambda: TinyDenoiser(attention=False), bits, tmp_path)
+
+
+@pytest.mark.parametrize("network", [TinyDenoiser, ValueFirst])
+def test_all_adapters_with_products_give_the_same_names_and_values(tmp_path, network):
+    adapters = _adapters_with("products", "grids of products")
+    assert len(adapters) == 3
+    _compare(adapters, network, (8, 8), tmp_path)
+
+
+def test_a_name_of_a_product_is_the_same_tensor_in_all_adapters():
+    adapters, reference = _adapters_with("products"), {}
+    assert len(adapters) == 4
+    for adapter in adapters:
         torch.manual_seed(0)
-        model = TinyDenoiser(attention=False).eval()
+        model = tdq.attach(adapter.prepare(ValueFirst().eval(), example_inputs(), 8, 8)).eval()
+        tdq.calibrate(model, BATCHES)
+        with torch.no_grad(), recorded_calls(model) as calls:
+            model(SAMPLE, 250)
+        # NNCF lifts quantizers above a transposition.
+        values = {name: call.x.flatten().sort().values for name, call in calls.items()}
+        reference = reference or values
+        assert {name for name in values if name.startswith("product")} == {
+            f"product.{product}.{operand}" for product in (0, 1) for operand in (0, 1)
+        }
+        assert values.keys() == reference.keys(), adapter.name
+        for name, ours in values.items():
+            assert (ours - reference[name]).norm() < 0.05 * reference[name].norm(), name
+
+
+def _adapters_with(*needed):
+    return [a for a in ADAPTERS if not set(needed) & set(getattr(a, "lacks", {}))]
+
+
+def _compare(adapters, network, bits, folder):
+    """The first adapter's table through all of them."""
+    results, names = {}, set()
+    for adapter in adapters:
+        torch.manual_seed(0)
+        model = network().eval()
         model = tdq.attach(adapter.prepare(model, example_inputs(), *bits)).eval()
         if not results:
             tdq.calibrate(model, BATCHES)
-            tdq.scale_bank(tdq.freeze(model, STEPS)).table.save(tmp_path / "table.safetensors")
-        tdq.load_scales(model, tdq.load_table(tmp_path / "table.safetensors"))
+            tdq.scale_bank(tdq.freeze(model, STEPS)).table.save(folder / "table.safetensors")
+            names = set(tdq.scale_bank(model).names)
+        assert set(tdq.scale_bank(model).names) == names, adapter.name
+        tdq.load_scales(model, tdq.load_table(folder / "table.safetensors"))
         run = adapter.with_quantized_weights(model)
         with torch.no_grad():
             results[adapter.name] = [run(SAMPLE, step) for step in STEPS]
-    reference = results.pop(ADAPTERS[0].name)
-    for adapter in ADAPTERS[1:]:
+    reference = results.pop(adapters[0].name)
+    for adapter in adapters[1:]:
         for ours, theirs in zip(results[adapter.name], reference, strict=True):
             if "torch's rounding" in getattr(adapter, "lacks", {}):
                 assert (ours - theirs).norm() < 2e-3 * theirs.norm()

@@ -11,7 +11,7 @@ from torch.ao.quantization.quantize_fx import prepare_fx, prepare_qat_fx
 import tdq_plugin as tdq
 from tdq_plugin.adapters.torch_ao import tdq_backend_config, tdq_qconfig_mapping
 
-__all__ = ["SAMPLE", "LabelledDenoiser", "frozen", "prepared"]
+__all__ = ["SAMPLE", "LabelledDenoiser", "WithEncoder", "frozen", "prepared"]
 
 SAMPLE = BATCHES[2][0][:4]
 
@@ -30,6 +30,19 @@ class LabelledDenoiser(nn.Module):
         angle = timestep.expand(sample.shape[0]).reshape(-1, 1) / torch.tensor([1000.0, 200.0])
         embedding = self.time_embedding(angle.sin()).tanh() + self.label_embedding(label)
         return self.conv_out(self.conv_in(sample) * embedding[:, :, None, None])
+
+
+class WithEncoder(nn.Module):
+    """torch.fx does not look into `TransformerEncoderLayer`, which holds linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    def forward(self, sample, timestep):
+        hidden = self.first(sample[:, 0]) * (1 + timestep / 1000).reshape(-1, 1, 1)
+        return self.last(self.encoder(hidden))[:, None]
 
 
 def prepared(model=None, qat=True, bits=8, mapping=None, example=None, timestep_argument=None):

@@ -5,11 +5,18 @@ import copy
 import pytest
 import torch
 from contract.networks import BATCHES, STEPS, TinyDenoiser, example_inputs
-from deploy.networks import SAMPLE, LabelledDenoiser, frozen, frozen_tiny, prepared
+from deploy.networks import (
+    SAMPLE,
+    LabelledDenoiser,
+    WithEncoder,
+    frozen,
+    frozen_tiny,
+    prepared,
+)
 from deploy.test_layers import relative_error
 from torch import nn
 from torch.ao.nn.intrinsic.qat import ConvReLU2d
-from torch.ao.quantization import default_per_channel_weight_fake_quant
+from torch.ao.quantization import QConfigMapping, default_per_channel_weight_fake_quant
 
 import tdq_plugin as tdq
 from tdq_plugin.adapters.torch_ao import TDQFakeQuantize, tdq_qconfig, tdq_qconfig_mapping
@@ -310,6 +317,16 @@ def test_weights_with_zero_points_are_refused():
         match=r"Conv2d has zero points up to \d+, and .*symmetric_weights=True.*convert",
     ):
         lower_to_int8(frozen(mapping=mapping))
+
+
+def test_quantized_weights_that_the_graph_does_not_show_are_refused():
+    mapping = QConfigMapping().set_object_type(nn.Linear, tdq_qconfig())
+    model = frozen(model=WithEncoder(), mapping=mapping)
+    with pytest.raises(
+        AdapterError,
+        match=r"'encoder.linear1' is quantized.*set_module_name\('encoder.linear1', None\)",
+    ):
+        lower_to_int8(model)
 
 
 def test_a_layer_fused_with_its_activation_is_refused():

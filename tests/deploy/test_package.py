@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from contract.networks import TinyDenoiser, example_inputs
-from deploy.networks import SAMPLE, frozen, frozen_tiny
+from deploy.networks import SAMPLE, WithEncoder, frozen, frozen_tiny
 from torch import nn
 
 from tdq_plugin.deploy import load_int8, lower_to_int8, save_int8
@@ -41,6 +41,32 @@ def test_loaded_model_is_bit_equal(tmp_path, qat, bits, cache):
     for name in ("model.safetensors", "quantization.json"):
         first, second = ((tmp_path / f / name).read_bytes() for f in ("int8", "again"))
         assert first == second
+
+
+@pytest.mark.parametrize("qat", [True, False])
+def test_a_module_that_is_called_as_a_whole_stays_float(tmp_path, qat):
+    with pytest.warns(UserWarning, match=r"1 operations stay float.*encoder \(TransformerEncoder"):
+        model = frozen(model=WithEncoder(), qat=qat)
+    assert type(model.encoder.linear1) is type(model.encoder.linear2) is nn.Linear
+    assert not any(hasattr(m, "weight_fake_quant") for m in model.encoder.modules())
+    with_gradients = model(SAMPLE, MIXED)
+    with torch.no_grad():
+        # Without gradients torch computes the encoder in one kernel, past its layers.
+        torch.testing.assert_close(model(SAMPLE, MIXED), with_gradients, rtol=1e-5, atol=1e-5)
+    saved = lower_to_int8(model)
+    assert set(saved.meta["tdq_int8"].weight_bits) == {"first", "last"}
+    save_int8(saved, tmp_path / "int8")
+    loaded = load(tmp_path / "int8", WithEncoder())
+    assert torch.equal(loaded(SAMPLE, MIXED), saved(SAMPLE, MIXED))
+
+
+def test_a_weight_quantizer_that_is_switched_off_is_not_saved(tmp_path):
+    model = frozen()
+    model.conv_out.weight_fake_quant.enable_fake_quant(False)
+    saved = lower_to_int8(model)
+    assert type(saved.conv_out) is nn.Conv2d
+    save_int8(saved, tmp_path / "int8")
+    assert torch.equal(load(tmp_path / "int8")(SAMPLE, MIXED), saved(SAMPLE, MIXED))
 
 
 def test_files_hold_no_float_weights(tmp_path):

@@ -154,8 +154,48 @@ def test_a_run_folder_belongs_to_one_configuration(
     finished: dict[str, Path], overrides: dict[str, list[str]]
 ) -> None:
     other = PIXELS.configure([*overrides[PIXELS.name], "batch_size=5"])
-    with pytest.raises(ConfigError, match=r"written with other settings: batch_size=\d+, not 5\. "):
+    message = r"holds a run with other settings: batch_size=4, not 5\. Choose another name"
+    with pytest.raises(ConfigError, match=message):
         PIXELS.run(other)
+    with pytest.raises(ConfigError, match=message):
+        PIXELS.plan(other)
+
+
+def test_a_run_of_another_recipe_is_left_alone(
+    overrides: dict[str, list[str]], tmp_path: Path
+) -> None:
+    config = PIXELS.configure([*overrides[PIXELS.name], f"output={tmp_path}"])
+    kept = config.run_folder / "model" / "int8.bin"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"precious")
+    (config.run_folder / "config.json").write_text('{"bits": "W4A4"}')
+    with pytest.raises(ConfigError, match=r"holds a run with other settings: .*bits='W4A4', not N"):
+        PIXELS.run(config)
+    assert kept.read_bytes() == b"precious"
+
+
+def test_a_restart_repeats_dropout(overrides: dict[str, list[str]], tmp_path: Path) -> None:
+    settings = [*overrides[PIXELS.name], "unet.dropout=0.3", f"output={tmp_path}"]
+    config = PIXELS.configure(settings)
+    (whole,) = weights(PIXELS.run(config))
+    resumed = PIXELS.configure([*settings, "name=resumed"])
+    state = torch.load(config.run_folder / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 6
+    shorter = PIXELS.configure([*settings, "name=resumed", "checkpoint_every=4"])
+    original = pretraining.Training.advance
+
+    def interrupted(training: Any, *args: Any) -> None:
+        if training.step == 5:
+            raise KeyboardInterrupt
+        original(training, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretraining.Training, "advance", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            PIXELS.run(shorter)
+    torch.rand(1)  # A new process draws other numbers.
+    (second,) = weights(PIXELS.run(resumed))
+    assert all(torch.equal(second[name], whole[name]) for name in whole)
 
 
 @pytest.mark.parametrize("recipe", [PIXELS, AUTOENCODER, LATENTS], ids=lambda recipe: recipe.name)

@@ -1,6 +1,7 @@
 """The recipe `ddim-digits-qat` from configuration to report, and after a kill."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -221,11 +222,35 @@ def test_trained_weights_are_measured_with_other_steps(
     assert [row.get("key") for row in rows] == [None, "tdq_nipq"]
 
 
+def test_two_processes_train_and_one_of_them_measures(overrides: list[str]) -> None:
+    settings = ["methods=[lsq]", "evaluation.samples=100", "training.iterations=2"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    program = Path(sys.executable).with_name("tdq")
+    process = subprocess.run(
+        [*launch, str(program), "run", QAT.name, *overrides, *settings, "name=two"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    two, one = (
+        QAT.configure([*overrides, *settings, f"name={name}"]).run_folder for name in ("two", "one")
+    )
+    QAT.run(QAT.configure([*overrides, *settings, "name=one"]))
+    rows = [json.loads((folder / "report.json").read_text())["rows"][1] for folder in (one, two)]
+    for metric in ("trajectory_mse", "pixel_mse", "frechet_distance_to_float"):
+        assert rows[1][metric] == pytest.approx(rows[0][metric], rel=1e-2)
+
+
 def test_only_weights_that_fit_are_taken(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no weights of 'lsq': .*lsq.safetensors does not"):
         copy_weights(finished, "lsq", QAT.configure([]), tmp_path / "x")
     with pytest.raises(ConfigError, match=r"is a run with bits=W4A4, not W8A8\."):
         copy_weights(finished, "dynamic", QAT.configure(["bits=W8A8"]), tmp_path / "x")
+    with pytest.raises(ConfigError, match=r"is a run with model=.*pipeline, not .*ddim-digits\."):
+        copy_weights(finished, "dynamic", QAT.configure([]), tmp_path / "x")
     with pytest.raises(ConfigError, match=r"is a run with adapter=torch_ao, not nncf\."):
         copy_weights(finished, "dynamic", QAT.configure(["adapter=nncf"]), tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
@@ -260,6 +285,13 @@ def test_a_bare_no_is_a_text_as_in_the_command_of_a_report() -> None:
     assert (config.training.mixed_precision, config.name) == ("no", "2026")
     repeated = shlex.split(command(QAT.name, config))[3:]
     assert QAT.configure(repeated) == config
+
+
+@pytest.mark.parametrize("name", ["{bits}-mine", "@mine", "%mine", "a: b", "[x"])
+def test_a_text_that_is_no_yaml_can_be_given_again(name: str) -> None:
+    config = QAT.configure([f"name='{name}'"])
+    assert config.name == name
+    assert QAT.configure(shlex.split(command(QAT.name, config))[3:]) == config
 
 
 def test_a_name_that_cannot_be_filled_in() -> None:

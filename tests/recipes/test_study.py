@@ -203,6 +203,25 @@ def test_a_folder_belongs_to_one_study(study_file: Path, runs: Path) -> None:
         Study(str(study_file), runs, samples=200)
 
 
+def test_a_folder_may_be_written_in_another_way(
+    study_file: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(runs.parent)
+    finished = Study(str(study_file), Path(runs.name)).planned("good")
+    assert [run.finished for run in finished] == [True, True]
+
+
+def test_a_folder_of_pictures_may_hold_more(study_file: Path, runs: Path, tmp_path: Path) -> None:
+    notes, stale = tmp_path / "tiny" / "notes.txt", tmp_path / "tiny" / "good-old-W4A4.png"
+    notes.parent.mkdir()
+    notes.write_text("precious")
+    stale.write_bytes(b"")
+    tdq_study(study_file, runs, "--report", "--results", str(tmp_path))
+    assert notes.read_text() == "precious"
+    assert not stale.exists()
+    assert list(notes.parent.glob("good-*.png"))
+
+
 def test_a_part_that_is_not_there(study_file: Path, tmp_path: Path) -> None:
     code, _, err = tdq_study(study_file, tmp_path, "--part", "goood")
     assert (code, err.strip()) == (1, "error: part = 'goood' is none of good.")

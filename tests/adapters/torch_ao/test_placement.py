@@ -80,13 +80,21 @@ class Products(nn.Module):
         (torch.bmm, [0, 1]),
         (lambda a, b: torch.baddbmm(torch.ones(1, 1, 1), a, b), [1, 2]),
         (lambda a, b: functional.scaled_dot_product_attention(a, b, a * 2), [0, 1, 2]),
+        (lambda a, b: a.matmul(b), [0, 1]),
+        (lambda a, b: a.bmm(mat2=b), [0, 1]),
+        (lambda a, b: (a * 2).baddbmm(a, batch2=b), [1, 2]),
     ],
 )
 def test_products_are_quantized(prepare, product, operands, qat):
+    torch.manual_seed(0)
     inputs = (torch.randn(2, 4, 4), torch.tensor([1, 2]))
-    model = tdq.attach(prepare(Products(product), inputs, qat=qat))
-    expected = {"layer.input"} | {f"product.0.{index}" for index in operands}
-    assert set(bits_of(model)) == expected
+    network = Products(product).eval()
+    model = tdq.attach(prepare(network, inputs, qat=qat))
+    names = {"layer.input"} | {f"product.0.{index}" for index in operands}
+    assert set(bits_of(model)) == names
+    tdq.calibrate(model, [inputs])
+    expected = network(*inputs)
+    assert (model.eval()(*inputs) - expected).norm() < 0.1 * expected.norm()
 
 
 class Chain(nn.Module):
@@ -244,6 +252,34 @@ def test_what_stays_float_is_told(prepare):
     ):
         model = tdq.attach(prepare(Rare(), inputs))
     assert tdq.scale_bank(model).names == ("layer.input",)
+
+
+@pytest.mark.parametrize(
+    ("module", "call"),
+    [
+        (nn.MultiheadAttention(4, 2, batch_first=True), lambda m, x: m(x, x, x)[0]),
+        (
+            nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 1),
+            lambda m, x: m(x),
+        ),
+        (nn.GRU(4, 4), lambda m, x: m(x)[0]),
+        (nn.Identity(), lambda m, x: x[0] @ torch.mm(x[1], x[2]).mm(x[0])),
+    ],
+)
+def test_modules_that_the_graph_calls_as_a_whole_are_told(prepare, module, call):
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.whole = nn.Linear(4, 4), module
+
+        def forward(self, sample, timestep):
+            return call(self.whole, self.first(sample) * timestep.view(-1, 1, 1))
+
+    inputs = torch.randn(3, 4, 4), torch.tensor([3, 900, 5])
+    kind = type(module).__name__
+    told = r"2 .*: mm \(mm\), mm_1 \(mm\)" if kind == "Identity" else rf"1 .*: whole \({kind}\)"
+    with pytest.warns(UserWarning, match=rf"{told}\."):
+        prepare(Whole(), inputs)
 
 
 class Named(nn.Module):
