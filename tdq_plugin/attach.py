@@ -34,21 +34,22 @@ def attach(
         The model, with the bank as `model.scale_bank`.
 
     Raises:
-        AdapterError: No adapter covers the model, it is attached already, or it has no quantizers.
+        AdapterError: No adapter covers the model, it has no quantizers, or it, a part of it, or a
+            model that it is a part of is attached already.
         ConfigError: No bank is given, and the quantizers' configurations ask for different ones.
         TimestepError: The model's forward has no timestep argument.
     """
     if hasattr(model, "scale_bank"):
         raise AdapterError("The model has a scale bank already. Use set_scale_bank to exchange it.")
     adapter = adapter_for(model)
+    _check_parts(model)
     quantizers = adapter.quantizers(model)
     if not quantizers:
         raise AdapterError(
             "No compute layer of the model has a TDQ activation quantizer. "
             "Check the qconfig that the model was prepared with."
         )
-    for name, quantizer in quantizers.items():
-        quantizer.name = name
+    _name(quantizers)
     make = bank or _agreed_bank(quantizers)
     model.scale_bank = make({name: q.grid for name, q in quantizers.items()})
     try:
@@ -58,6 +59,29 @@ def attach(
         del model.scale_bank
         raise
     return model
+
+
+def _check_parts(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, ScaleBank):
+            part = path.rpartition(".")[0]
+            raise AdapterError(
+                f"The part {part!r} of this {type(model).__name__} is attached already, and a "
+                "quantizer has one scale bank. Use the model as it is, with tdq_plugin's functions "
+                f"on its part {part!r}, or attach the whole before any part."
+            )
+
+
+def _name(quantizers: Mapping[str, ActivationQuantizer]) -> None:
+    for name, quantizer in quantizers.items():
+        # The same name it has after an attach that was refused.
+        if quantizer.name not in (None, name):
+            raise AdapterError(
+                f"The quantizer {name!r} is {quantizer.name!r} of another attached model, and a "
+                "quantizer has one scale bank. Attach the whole or the part, not both."
+            )
+    for name, quantizer in quantizers.items():
+        quantizer.name = name
 
 
 def _agreed_bank(quantizers: Mapping[str, ActivationQuantizer]) -> BankFactory:

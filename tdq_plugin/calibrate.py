@@ -11,7 +11,7 @@ from tdq_plugin.attach import named_quantizers, scale_bank
 from tdq_plugin.batch_layout import check_layout, fingerprints, holds_samples, next_places
 from tdq_plugin.errors import AdapterError, CalibrationError
 from tdq_plugin.evaluation_mode import evaluation_mode
-from tdq_plugin.observe import Observation, TimestepObserver
+from tdq_plugin.observe import Observation, TimestepObserver, results
 from tdq_plugin.quantizer import ActivationQuantizer
 from tdq_plugin.ranges import RangeMethod, search_range, search_scale
 from tdq_plugin.scales.bank import ScaleBank, TrainableBank
@@ -45,9 +45,9 @@ def calibrate(
         What was observed, by quantizer name.
 
     Raises:
-        CalibrationError: No data, values that are not finite, timesteps outside the process, or an
-            activation that does not hold the samples along dimension 0, batch-major, which the
-            first batch of several samples shows.
+        CalibrationError: No data, or none for some layer, values that are not finite, timesteps
+            outside the process, or an activation that does not hold the samples along dimension 0,
+            batch-major, which the first batch of several samples shows.
     """
     with calibration(model, **options) as observers, torch.no_grad():
         watch = _watch_of(model)
@@ -56,7 +56,7 @@ def calibrate(
             model(*args, **kwargs)
             if not watch.layout_checked:
                 watch.check_layout(model, args, kwargs)
-    observations = {name: observer.result() for name, observer in observers.items()}
+    observations = results(observers)
     initialise_scales(scale_bank(model), observations, method, warm_start)
     return observations
 
@@ -86,7 +86,9 @@ def calibration(
     }
     modes = {name: quantizer.mode for name, quantizer in quantizers.items()}
     watch = _Watch(bank, quantizers)
-    handle = model.register_forward_hook(lambda *_: watch.collect(observers))
+    handle = model.register_forward_hook(
+        lambda _, args, output: watch.end(observers, output is not None), always_call=True
+    )
     model.scale_bank = watch
     for quantizer in quantizers.values():
         quantizer.mode = "observe"
@@ -175,6 +177,8 @@ class _Watch(ScaleBank):
         super().__init__(dict(zip(bank.names, bank.grids, strict=True)))
         self._quantizers = quantizers
         self._device = bank.device
+        self._timesteps = torch.empty(0)
+        self._around: list[tuple[Tensor, list[list[Tensor]]]] = []
         self._fingerprints: dict[str, list[Tensor]] = {}
         self._observes = True
         self.layout_checked = False
@@ -184,20 +188,34 @@ class _Watch(ScaleBank):
         return self._device
 
     def rows(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        # A call that failed may have left something.
+        # Of a call around this one, if the model calls itself.
+        self._around.append((self._timesteps, [[*q.observed] for q in self._quantizers.values()]))
         self._clear()
         self._timesteps = timesteps
         ones = torch.ones(len(self.names), timesteps.shape[0], device=timesteps.device)
         return ones, ones
 
-    def collect(self, observers: dict[str, TimestepObserver]) -> None:
+    def end(self, observers: dict[str, TimestepObserver], succeeded: bool) -> None:
+        """After a call, also one that failed: take what was observed, or forget it."""
+        try:
+            if succeeded:
+                self._collect(observers)
+        finally:
+            self._clear()
+            # Empty if the call failed before it asked for rows.
+            timesteps, observed = self._around.pop() if self._around else (self._timesteps, [])
+            if self._around:
+                self._timesteps = timesteps
+                for quantizer, kept in zip(self._quantizers.values(), observed, strict=True):
+                    quantizer.observed.extend(kept)
+
+    def _collect(self, observers: dict[str, TimestepObserver]) -> None:
         for name, quantizer in self._quantizers.items():
             for x in quantizer.observed if self._observes else ():
                 observers[name].update(x, self._timesteps)
             if not self.layout_checked:
                 seen = [fingerprints(x, len(self._timesteps)) for x in quantizer.observed]
                 self._fingerprints[name] = seen
-        self._clear()
 
     def check_layout(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run the batch that was seen last once more, its samples in other places."""

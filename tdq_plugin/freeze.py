@@ -38,7 +38,8 @@ def freeze(model: Model, timesteps: Any, lookup: Lookup = "exact") -> Model:
     if not isinstance(bank, TrainableBank):
         raise AdapterError(
             f"The model's bank is a {type(bank).__name__}: it is frozen already. "
-            "Attach a new bank to train again."
+            "To train again, give it a trainable bank by tdq_plugin.set_scale_bank(model, bank) "
+            "and calibrate."
         )
     model.scale_bank = FrozenBank(evaluate_table(bank, timesteps), lookup)
     return model
@@ -85,6 +86,8 @@ def resolve_timesteps(timesteps: Any) -> Tensor:
         tensor([0., 1., 2.])
     """
     values = getattr(timesteps, "timesteps", timesteps)
+    if getattr(values, "shape", None) == ():  # numbers of numpy, and tensors of one number
+        values = values.item()
     if isinstance(values, int) and not isinstance(values, bool):
         values = range(values)
     if hasattr(values, "tolist"):  # tensors, and numpy's arrays

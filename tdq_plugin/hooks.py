@@ -6,10 +6,11 @@ each quantizer hands it its row. Frameworks that replace modules share this road
 
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tdq_plugin.attach import named_quantizers, scale_bank
@@ -18,6 +19,7 @@ from tdq_plugin.timestep import bind_timestep, find_timestep_argument
 
 __all__ = [
     "ScaleRow",
+    "argument_names",
     "at_timestep",
     "checkpoint_contexts",
     "connect_rows",
@@ -26,6 +28,8 @@ __all__ = [
 ]
 
 Rows = tuple[Tensor, Tensor]
+# The rows of a call, or why there are none, and the calls around it.
+_Calls = tuple[Rows | CalibrationError | None, "_Calls"] | None
 
 
 def connect_rows(model: nn.Module, timestep_argument: str | None = None) -> None:
@@ -107,6 +111,30 @@ def checkpoint_contexts(
     return nullcontext(), current.given(current.take())
 
 
+def argument_names(model: nn.Module, conditions: Container[str] = ()) -> tuple[str, str]:
+    """What the model's forward calls the sample and the timestep.
+
+    Args:
+        model: The attached model.
+        conditions: Names of arguments that are given, too. The sample is the first argument that
+            is neither the timestep nor one of them.
+
+    Raises:
+        AdapterError: The model's scales do not travel by hooks, or no argument is left for the
+            sample.
+    """
+    current = _current_rows(model)
+    arguments, timestep = list(current.signature.parameters), current.timestep_argument
+    for name in arguments:
+        if name != timestep and name not in conditions:
+            return name, timestep
+    raise AdapterError(
+        f"The forward of this {type(model).__name__} has the arguments {arguments}, and besides "
+        f"the timestep {timestep!r} and the conditions that were given none is left for the "
+        "sample. Give conditions by the names of other arguments."
+    )
+
+
 def _current_rows(model: nn.Module) -> "_CurrentRows":
     owners = [getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values()]
     current = next((owner for owner in owners if isinstance(owner, _CurrentRows)), None)
@@ -119,9 +147,10 @@ def _current_rows(model: nn.Module) -> "_CurrentRows":
 
 
 class _CurrentRows:
-    """The rows of the call of one model that runs in this thread; None between calls.
+    """The rows of the call of one model that runs in this thread, and of the calls around it.
 
-    The signature is that of the model's own forward: tools exchange it for one of `*args`.
+    A model may call itself, unless it is compiled. The signature is that of the model's own
+    forward: tools exchange it for one of `*args`.
     """
 
     def __init__(self, timestep_argument: str, signature: inspect.Signature) -> None:
@@ -133,38 +162,49 @@ class _CurrentRows:
         return _CurrentRows, (self.timestep_argument, self.signature)
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._local.rows = None
+        around = self._outside_of_compilation()
+        # Before anything can fail, for `end` is called after an error, too.
+        self._local.calls = None, around
         timestep = bind_timestep(self.signature, self.timestep_argument, args, kwargs)
         try:
-            self._local.rows = scale_bank(model)(timestep)
+            self._local.calls = scale_bank(model)(timestep), around
         except CalibrationError as error:
             # Whether it matters, the quantizers know: a framework may have switched them off.
-            self._local.rows = error
+            self._local.calls = error, around
 
     def end(self, *_: Any) -> None:
-        self._local.rows = None
+        calls = self._outside_of_compilation()
+        self._local.calls = None if calls is None else calls[1]
 
     def take(self) -> Rows:
-        rows: Rows | CalibrationError | None = getattr(self._local, "rows", None)
-        if rows is None:
+        calls = self._calls()
+        if calls is None or calls[0] is None:
             raise TimestepError(
                 "A quantizer ran outside of a call of its model, so its timestep is unknown. Call "
                 "the attached model itself, with its timestep; a part of it runs within "
                 "tdq_plugin.hooks.at_timestep, and activation checkpointing needs "
                 "tdq_plugin.hooks.checkpoint_contexts."
             )
-        if isinstance(rows, CalibrationError):
-            raise rows
-        return rows
+        if isinstance(calls[0], CalibrationError):
+            raise calls[0]
+        return calls[0]
 
     @contextmanager
     def given(self, rows: Rows) -> Iterator[None]:
-        previous = getattr(self._local, "rows", None)
-        self._local.rows = rows
+        around = self._calls()
+        self._local.calls = rows, around
         try:
             yield
         finally:
-            self._local.rows = previous
+            self._local.calls = around
+
+    def _outside_of_compilation(self) -> _Calls:
+        # Compiled, what was before a call would be a guard, and the second call would recompile.
+        return None if torch.compiler.is_compiling() else self._calls()
+
+    def _calls(self) -> _Calls:
+        calls: _Calls = getattr(self._local, "calls", None)
+        return calls
 
 
 class ScaleRow:

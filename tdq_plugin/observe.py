@@ -1,5 +1,6 @@
 """Per-timestep statistics of one activation, mergeable across batches and processes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from tdq_plugin.errors import CalibrationError
 
-__all__ = ["Observation", "TimestepObserver"]
+__all__ = ["Observation", "TimestepObserver", "results"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,10 +84,7 @@ class TimestepObserver:
             )
         bins = (timesteps * (self.bins / self.num_timesteps)).floor().long()
         if bins.min() < 0 or bins.max() >= self.bins:
-            raise CalibrationError(
-                f"Timesteps {timesteps.tolist()[:5]} are not within 0 .. {self.num_timesteps}. "
-                "Set num_timesteps to the length of the diffusion process."
-            )
+            raise CalibrationError(_outside(timesteps, self.num_timesteps))
         groups = x.reshape(timesteps.shape[0], -1)
         for index in bins.unique().tolist():
             chosen = bins == index
@@ -154,3 +152,32 @@ class TimestepObserver:
         slots = torch.arange(self.keys.shape[1])
         filled = self.keys[seen].isfinite().sum(dim=1, keepdim=True)
         return self.values[seen].gather(1, slots % filled)
+
+
+def results(observers: Mapping[str, TimestepObserver]) -> dict[str, Observation]:
+    """The results of all observers of a model, by quantizer name.
+
+    Raises:
+        CalibrationError: Some saw no data, or all.
+    """
+    unseen = [name for name, observer in observers.items() if not observer.moments[:, 0].any()]
+    if 0 < len(unseen) < len(observers):
+        layers = sorted({name.partition(".input")[0] for name in unseen})
+        raise CalibrationError(
+            f"No calibration batch reached {len(unseen)} of the model's {len(observers)} "
+            f"quantizers: {unseen[:5]}. Calibrate with data for which the model runs these layers, "
+            f"or let them stay float: float_layers={layers[:5]} where the model is prepared "
+            "(name_blacklist in Brevitas' own layerwise_quantize)."
+        )
+    return {name: observer.result() for name, observer in observers.items()}
+
+
+def _outside(timesteps: Tensor, num_timesteps: int) -> str:
+    remedy = "Set num_timesteps to the length of the diffusion process."
+    if timesteps.min() < 0:
+        remedy = (
+            "Timesteps are not negative: where the model takes such ones, as logarithms of noise "
+            "levels, wrap it in a module whose forward takes shifted or scaled timesteps of 0 or "
+            "more and computes the model's own from them."
+        )
+    return f"Timesteps {timesteps.tolist()[:5]} are not within 0 .. {num_timesteps}. {remedy}"

@@ -1,5 +1,9 @@
 """The weight quantizer that every adapter uses: one learned scale per output channel."""
 
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +15,7 @@ from tdq_plugin.pseudo_quantize import pseudo_quantize
 from tdq_plugin.ranges import RangeMethod, search_range
 from tdq_plugin.scales.bank import SCALE_FLOOR
 
-__all__ = ["WeightQuantizer"]
+__all__ = ["WeightQuantizer", "follow_loaded_weight"]
 
 
 class WeightQuantizer(Float32Module):
@@ -43,6 +47,8 @@ class WeightQuantizer(Float32Module):
         self.log_ratio = nn.Parameter(torch.empty(0))
         self.enabled = True
         self.noise_in_training = False
+        # How the ranges came from the weight, if they did and no state dict brought them.
+        self._method: RangeMethod | None = None
 
     @property
     def scale(self) -> Tensor:
@@ -52,12 +58,19 @@ class WeightQuantizer(Float32Module):
     def initialise(self, weight: Tensor, method: RangeMethod = "mse") -> None:
         """Set the ranges from a weight `(output channels, ...)`; `mse` is the optimal clipping."""
         self.set_scale(*search_range(weight.detach().flatten(1).float(), self.grid, method))
+        self._method = method
+
+    def initialise_anew(self, weight: Tensor) -> None:
+        """Set the ranges from another weight, unless they were given, restored or trained."""
+        if self._method is not None and not bool(self.log_ratio.any()):
+            self.initialise(weight, self._method)
 
     def set_scale(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
         """Start from given scales, positive, and zero points, 0 if none are given."""
         self.base_scale = scale
         self.zero_point = torch.zeros_like(scale) if zero_point is None else zero_point
         self.log_ratio.data = torch.zeros_like(scale)
+        self._method = None
 
     def forward(self, weight: Tensor) -> Tensor:
         """Quantize and dequantize a weight."""
@@ -101,4 +114,38 @@ class WeightQuantizer(Float32Module):
             state_dict.setdefault(prefix + "zero_point", torch.zeros_like(saved))
             if self.base_scale.shape != saved.shape:
                 self.set_scale(self.base_scale.new_ones(saved.shape))
+            self._method = None
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def follow_loaded_weight(owner: nn.Module, weight: str, quantizer: str) -> None:
+    """Let a state dict of float weights renew the ranges that came from the weight before.
+
+    Frameworks prepare a model first and load what was trained in float then. A state dict that has
+    the quantizer's own scales restores those.
+
+    Args:
+        owner: The module whose state dict has the weight.
+        weight: Path of the weight in it.
+        quantizer: Path of the weight's quantizer in it.
+    """
+    owner.register_load_state_dict_pre_hook(partial(_renew, weight, quantizer))
+
+
+def _renew(
+    weight: str,
+    quantizer: str,
+    owner: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    prefix: str,
+    *_: Any,
+) -> None:
+    loaded, module = state_dict.get(prefix + weight), owner.get_submodule(quantizer)
+    restored = f"{prefix}{quantizer}.base_scale" in state_dict
+    # Reconstruction puts another module there for a while.
+    if loaded is None or restored or not isinstance(module, WeightQuantizer):
+        return
+    current = owner.get_parameter(weight)
+    # Of another shape, it is an error that `load_state_dict` reports.
+    if loaded.shape == current.shape:
+        module.initialise_anew(loaded.to(current))

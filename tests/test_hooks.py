@@ -82,6 +82,31 @@ class StepDenoiser(TinyDenoiser):
         return super().forward(sample, step)
 
 
+class Wrapper(nn.Module):
+    """A model with a denoiser as its part."""
+
+    def __init__(self):
+        super().__init__()
+        self.denoiser = TinyDenoiser()
+
+    def forward(self, sample, timestep):
+        return self.denoiser(sample, timestep)
+
+
+def test_a_model_and_a_part_of_it_are_not_both_attached():
+    whole = quantize_eager(Wrapper().eval())
+    tdq.attach(whole.denoiser)
+    with pytest.raises(AdapterError, match=r"part 'denoiser' of this Wrapper is attached already"):
+        tdq.attach(whole)
+    tdq.calibrate(whole.denoiser, BATCHES)
+    assert whole(SAMPLE, 250).isfinite().all()
+    whole = tdq.attach(quantize_eager(Wrapper().eval()))
+    with pytest.raises(AdapterError, match=r"'conv_in.input' is 'denoiser.conv_in.input' of"):
+        tdq.attach(whole.denoiser)
+    tdq.calibrate(whole, BATCHES)
+    assert whole(SAMPLE, 250).isfinite().all()
+
+
 def test_attach_again_after_it_was_refused():
     model = quantize_eager(StepDenoiser().eval())
     with pytest.raises(TimestepError, match=r"timestep_argument='\.\.\.'"):
@@ -89,6 +114,46 @@ def test_attach_again_after_it_was_refused():
     attached = tdq.attach(model, tdq.ConstantBank, timestep_argument="step")
     tdq.calibrate(attached, BATCHES)
     assert attached(SAMPLE, 250).isfinite().all()
+
+
+class Recursive(TinyDenoiser):
+    """Calls itself, at another timestep and for fewer samples, before its own layers are done."""
+
+    def forward(self, sample, timestep, depth=1):
+        first = self.conv_in(sample)
+        if depth:
+            inner = self(sample[:2] * 0.5, 600, depth - 1)
+            sample = sample + inner.mean()
+        return super().forward(sample, timestep) + first.mean()
+
+
+def test_a_model_that_calls_itself():
+    torch.manual_seed(0)
+    model = tdq.attach(quantize_eager(Recursive().eval(), 4, 8), tdq.LearnedTableBank)
+    observed = tdq.calibrate(model, [(SAMPLE, 250)])["conv_in.input"]
+    assert observed.timesteps.tolist() == [250.0, 600.0]
+    assert observed.limits[0, 0] <= SAMPLE.min() < observed.limits[1, 0] == SAMPLE[:2].min() / 2
+    with torch.no_grad():
+        inner = model(SAMPLE[:2] * 0.5, 600, 0)
+        with at_timestep(model, 250):
+            first = model.conv_in(SAMPLE).mean()
+            expected = TinyDenoiser.forward(model, SAMPLE + inner.mean(), 250) + first
+        assert torch.equal(model(SAMPLE, 250), expected)
+        assert not torch.equal(model(SAMPLE, 600), expected)
+        with pytest.raises(TimestepError, match="outside of a call"):
+            model.conv_in(SAMPLE)
+
+
+def test_after_an_inner_call_that_failed_the_outer_goes_on(model):
+    class Tolerant(TinyDenoiser):
+        def forward(self, sample, timestep):
+            with pytest.raises(TimestepError, match="without its timestep"):
+                self(sample)
+            return super().forward(sample, timestep)
+
+    tolerant = tdq.attach(quantize_eager(Tolerant().eval(), 4, 8), tdq.LearnedTableBank)
+    tolerant.load_state_dict(model.state_dict())
+    assert torch.equal(tolerant(SAMPLE, 250), model(SAMPLE, 250))
 
 
 @pytest.mark.parametrize("change", ["order", "grids"])

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tdq_plugin.errors import CalibrationError
-from tdq_plugin.observe import TimestepObserver
+from tdq_plugin.observe import TimestepObserver, results
 
 
 def observer(**options) -> TimestepObserver:
@@ -108,15 +108,39 @@ def test_values_that_are_not_finite(wrong: float) -> None:
         observer().update(x, torch.tensor([7.0, 8.0]))
 
 
-@pytest.mark.parametrize("timestep", [-1.0, 100.0])
-def test_timesteps_outside_the_process(timestep: float) -> None:
-    with pytest.raises(CalibrationError, match=rf"\[{timestep}\] are not within 0 .. 100. Set num"):
+@pytest.mark.parametrize(
+    ("timestep", "remedy"),
+    [
+        (-1.0, "Timesteps are not negative: .* wrap it in a module whose forward"),
+        (100.0, "Set num"),
+    ],
+)
+def test_timesteps_outside_the_process(timestep: float, remedy: str) -> None:
+    message = rf"\[{timestep}\] are not within 0 .. 100. {remedy}"
+    with pytest.raises(CalibrationError, match=message):
         observer().update(torch.zeros(1, 3), torch.tensor([timestep]))
 
 
 def test_no_data() -> None:
     with pytest.raises(CalibrationError, match=r"'conv.input' saw no calibration data. Run"):
         observer().result()
+
+
+def test_layers_that_no_batch_reached() -> None:
+    names = ("down.conv.input", "rare.linear.input", "rare.linear.input.1")
+    observers = {name: observer() for name in names}
+    with pytest.raises(CalibrationError, match=r"'conv.input' saw no calibration data. Run"):
+        results(observers)
+    observers["down.conv.input"].update(*batch(0))
+    message = (
+        r"No calibration batch reached 2 of the model's 3 quantizers: \['rare.linear.input', .*"
+        r"Calibrate with data for which .* float_layers=\['rare.linear'\] where"
+    )
+    with pytest.raises(CalibrationError, match=message):
+        results(observers)
+    for name in names[1:]:
+        observers[name].update(*batch(1))
+    assert list(results(observers)) == list(names)
 
 
 def test_only_observers_of_the_same_quantizer_merge() -> None:

@@ -1,16 +1,19 @@
 """The activation and the weight quantizer, and their modes."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from tdq_plugin.errors import AdapterError, CalibrationError
 from tdq_plugin.fake_quantize import fake_quantize
 from tdq_plugin.grid import activation_grid, weight_grid
 from tdq_plugin.quantizer import ActivationQuantizer, dynamic_range
 from tdq_plugin.ranges import search_range
-from tdq_plugin.weights import WeightQuantizer
+from tdq_plugin.weights import WeightQuantizer, follow_loaded_weight
 
 X = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))
 SCALE, ZERO_POINT = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([7.0, 8.0, 0.0, 15.0])
@@ -176,3 +179,45 @@ def test_casting_a_model_leaves_the_scales_of_its_weights(dtype: torch.dtype) ->
 def test_a_weight_quantizer_without_scale() -> None:
     with pytest.raises(CalibrationError, match=r"no scale yet. Call tdq_plugin.attach"):
         WeightQuantizer(weight_grid(4))(WEIGHT)
+
+
+class Layer(nn.Module):
+    """A weight and its quantizer, as layers of the frameworks have them."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.clone())
+        self.quantizer = WeightQuantizer(weight_grid(4))
+        self.quantizer.initialise(self.weight, "minmax")
+        follow_loaded_weight(self, "weight", "quantizer")
+
+
+@pytest.mark.parametrize("copies", [0, 1])
+def test_a_loaded_float_weight_renews_its_ranges(copies: int) -> None:
+    model = nn.Sequential(Layer(WEIGHT))
+    for _ in range(copies):
+        model = copy.deepcopy(model)
+    model.load_state_dict({"0.weight": 4 * WEIGHT}, strict=False)
+    assert torch.equal(model[0].quantizer.scale, Layer(4 * WEIGHT).quantizer.scale)
+    assert torch.equal(model[0].weight, 4 * WEIGHT)
+
+
+def test_ranges_that_were_given_trained_or_restored_stay() -> None:
+    given, trained, restored = (Layer(WEIGHT) for _ in range(3))
+    given.quantizer.set_scale(torch.full((6,), 0.5))
+    with torch.no_grad():
+        trained.quantizer.log_ratio[1] = 0.1
+    restored.load_state_dict(Layer(2 * WEIGHT).state_dict())
+    assert torch.equal(restored.quantizer.scale, Layer(2 * WEIGHT).quantizer.scale)
+    for layer in (given, trained, restored):
+        scale = layer.quantizer.scale.detach().clone()
+        layer.load_state_dict({"weight": 4 * WEIGHT}, strict=False)
+        assert torch.equal(layer.quantizer.scale, scale)
+
+
+def test_a_loaded_weight_of_another_shape_is_torch_s_error() -> None:
+    layer = Layer(WEIGHT)
+    scale = layer.quantizer.scale.detach().clone()
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        layer.load_state_dict({"weight": WEIGHT[:2]}, strict=False)
+    assert torch.equal(layer.quantizer.scale, scale)

@@ -7,7 +7,7 @@ from torch import nn
 
 from tdq_plugin.attach import scale_bank
 from tdq_plugin.calibrate import calibration, initialise_scales
-from tdq_plugin.observe import TimestepObserver
+from tdq_plugin.observe import TimestepObserver, results
 
 __all__ = ["CalibrationMode"]
 
@@ -65,5 +65,5 @@ class CalibrationMode(nn.Module):
         handled, self._handled = self._handled, None
         if sys.exc_info()[1] is not handled:
             return
-        observations = {name: observer.result() for name, observer in observers.items()}
+        observations = results(observers)
         initialise_scales(scale_bank(self._owner[0]), observations)

@@ -1,10 +1,13 @@
 """How a scale bank is attached to a model that `nncf.quantize` and `prepare` made."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from nncf.torch.function_hook import get_hook_storage
-from nncf.torch.function_hook.wrapper import is_wrapped
+from nncf.torch.function_hook.wrapper import ATR_HOOK_STORAGE, is_wrapped
 from nncf.torch.quantization.layers import BaseQuantizer
-from torch import nn
+from torch import Tensor, nn
 
 from tdq_plugin.adapters.nncf.placement import quantized_timestep_operation
 from tdq_plugin.adapters.nncf.quantizer import TDQQuantizer
@@ -44,6 +47,22 @@ class NNCFAdapter:
             scales, zero_points = torch.tensor(start, device=bank.device).unbind(1)
             bank.set_static(scales, zero_points)
         connect_rows(model, timestep_argument)
+        model.register_load_state_dict_pre_hook(_require_ranges)
+
+
+def _require_ranges(
+    model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any
+) -> None:
+    """Refuse float weights: the ranges of NNCF are those of the weights that it has seen."""
+    loaded = [name for name, _ in model.named_parameters() if prefix + name in state_dict]
+    has_ranges = any(name.startswith(f"{ATR_HOOK_STORAGE}.") for name in loaded)
+    weights = [name for name in loaded if not name.startswith("scale_bank.")]
+    if weights and not has_ranges:
+        raise AdapterError(
+            f"The state dict has {weights[0]!r} and no ranges of NNCF's quantizers, which were set "
+            "by the weights before. Load float weights before nncf.quantize, or load the state "
+            "dict of a prepared model."
+        )
 
 
 def _what_is_missing(model: nn.Module) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from types import MethodType
 from typing import Any, cast
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torchao.quantization.pt2e import move_exported_model_to_eval, move_exported_model_to_train
 
 from tdq_plugin.adapters.pt2e.fake_quantize import TDQFakeQuantize, TDQWeightFakeQuantize
@@ -17,6 +17,7 @@ from tdq_plugin.graph.timestep_path import sees_samples, sources
 from tdq_plugin.quantizer import ActivationQuantizer
 from tdq_plugin.quantizer_names import name_quantizers
 from tdq_plugin.registry import register_adapter
+from tdq_plugin.weights import follow_loaded_weight
 
 __all__ = ["PT2EAdapter"]
 
@@ -120,9 +121,10 @@ def _initialise_weights(graph_module: fx.GraphModule) -> None:
     for node in _weight_quantizer_nodes(graph_module):
         quantizer = graph_module.get_submodule(str(node.target))
         assert isinstance(quantizer, TDQWeightFakeQuantize)
+        (weight,) = node.all_input_nodes
+        follow_loaded_weight(graph_module, str(weight.target), str(node.target))
         if quantizer.scale.numel() == 0:
-            (weight,) = node.all_input_nodes
-            quantizer.initialise(cast(Tensor, graph_module.get_parameter(str(weight.target))))
+            quantizer.initialise(graph_module.get_parameter(str(weight.target)))
 
 
 def _weight_quantizer_nodes(graph_module: fx.GraphModule) -> list[fx.Node]:

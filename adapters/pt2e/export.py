@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tdq_plugin.adapters.pt2e.plain_signature import with_plain_signature
 from tdq_plugin.adapters.pt2e.timestep_input import prepare_timestep_input
 from tdq_plugin.errors import TraceError
 from tdq_plugin.graph.trace import trace
@@ -25,7 +26,7 @@ def export(
 
     `torch.export` alone bounds the batch of diffusers' UNets at 63, because they branch on it; so
     the model is traced first (`tdq_plugin.trace`). The graph takes its inputs by position and by
-    name, and timesteps as numbers or tensors.
+    name, also dictionaries and sequences of tensors, and timesteps as numbers or tensors.
 
     Args:
         model: The model; the graph has its parameters, as `torch.export` does.
@@ -39,7 +40,8 @@ def export(
 
     Raises:
         TimestepError: forward has no timestep argument.
-        TraceError: The example has one sample, or forward cannot be traced or exported.
+        TraceError: The example has one sample, forward cannot be traced or exported, or one of its
+            arguments holds tensors in something else than dictionaries and sequences.
 
     Example:
         >>> class Denoiser(nn.Module):
@@ -63,7 +65,7 @@ def export(
             "Use the torch_ao adapter, which needs no export."
         ) from error
     # The guards hold the batch to what export proves, two or more; the operators take one as well.
-    exported = _called_by_name(program.module(check_guards=False), list(arguments))
+    exported = with_plain_signature(program.module(check_guards=False), arguments)
     prepare_timestep_input(exported, timestep)
     return exported
 
@@ -90,18 +92,3 @@ def _arguments(
 def _shape(value: Any, batch: int, dimension: Any) -> Any:
     has_samples = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
     return {0: dimension} if has_samples else None
-
-
-def _called_by_name(exported: fx.GraphModule, names: list[str]) -> fx.GraphModule:
-    """With a plain signature instead of export's calling convention, where inputs are tensors."""
-    graph = exported.graph
-    inputs, output = graph.find_nodes(op="placeholder"), graph.output_node()
-    values = output.args[0]
-    if len(inputs) != len(names) or not isinstance(values, tuple) or len(values) != 1:
-        return exported
-    for node, name in zip(inputs, names, strict=True):
-        node.target = name
-    output.args = values
-    graph.set_codegen(fx.graph.CodeGen())
-    # A new one has no hook that checks the old convention.
-    return fx.GraphModule(exported, graph)

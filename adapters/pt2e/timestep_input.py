@@ -42,7 +42,8 @@ def prepare_timestep_input(
             "per sample, shape (B,), or use tdq_plugin.adapters.pt2e.export."
         )
     _drop_guards(graph)
-    sample = next(name for name in inputs if name != timestep)
+    tensors = [name for name, node in inputs.items() if isinstance(node.meta.get("val"), Tensor)]
+    sample = next(name for name in tensors if name != timestep)
     node = insert_timestep_node(graph, timestep, sample)
     if example.shape[0] != 1:
         with graph.inserting_after(node):

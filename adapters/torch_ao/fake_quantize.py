@@ -9,6 +9,7 @@ from torch.ao.quantization import FakeQuantizeBase, MinMaxObserver
 from tdq_plugin.adapters.fake_quantize_switches import ActivationSwitches, WeightSwitches
 from tdq_plugin.graph.decompose import decompose
 from tdq_plugin.grid import activation_grid, weight_grid
+from tdq_plugin.weights import follow_loaded_weight
 
 __all__ = ["TDQFakeQuantize", "TDQWeightFakeQuantize", "initialise_weights"]
 
@@ -84,8 +85,13 @@ class TDQWeightFakeQuantize(WeightSwitches, FakeQuantizeBase):
 
 
 def initialise_weights(model: nn.Module) -> None:
-    """Set the scales of all weight quantizers that have none yet, from the layers' weights."""
+    """Set the scales of all weight quantizers that have none yet, from the layers' weights.
+
+    Float weights that are loaded later set them anew.
+    """
     for module in model.modules():
         quantizer = getattr(module, "weight_fake_quant", None)
-        if isinstance(quantizer, TDQWeightFakeQuantize) and quantizer.scale.numel() == 0:
-            quantizer.initialise(cast(Tensor, module.weight))
+        if isinstance(quantizer, TDQWeightFakeQuantize):
+            follow_loaded_weight(module, "weight", "weight_fake_quant")
+            if quantizer.scale.numel() == 0:
+                quantizer.initialise(cast(Tensor, module.weight))

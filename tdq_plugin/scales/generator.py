@@ -108,32 +108,42 @@ class GeneratorBank(TrainableBank):
             nn.init.zeros_(self.weights[-1])
 
     def curves(self, timesteps: Tensor) -> Tensor:
+        return self._evaluate(timesteps, [*self.weights], [*self.biases])
+
+    def fit(self, timesteps: Tensor, curves: Tensor, iterations: int = 400) -> None:
+        """Regress the generators onto the given curves with Adam."""
+        current = [*self.weights, *self.biases]
+        # Copies can be trained whatever the mode of the caller and the flags of the parameters.
+        with torch.inference_mode(False), torch.enable_grad():
+            timesteps, curves = timesteps.clone(), curves.clone()
+            fitted = [parameter.detach().clone().requires_grad_() for parameter in current]
+            weights, biases = fitted[: len(self.weights)], fitted[len(self.weights) :]
+            # Fused, as many small parameters cost more time in the loop over them than in numbers.
+            optimizer = torch.optim.Adam(fitted, lr=3e-3, fused=True)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+            for _ in range(iterations):
+                given = self._evaluate(timesteps, weights, biases)
+                error = (given - curves).square().mean(dim=(1, 2)).sum()
+                gradients = torch.autograd.grad(error, fitted)
+                for parameter, gradient in zip(fitted, gradients, strict=True):
+                    parameter.grad = gradient
+                optimizer.step()
+                schedule.step()
+        with torch.no_grad():
+            for parameter, values in zip(current, fitted, strict=True):
+                parameter.copy_(values)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.config}"
+
+    def _evaluate(self, timesteps: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
         encoded = fourier_encoding(timesteps, self.frequencies)
         hidden = encoded.expand(len(self.names), *encoded.shape)
         # Mixed precision would round the scales of all layers to bfloat16.
         with torch.autocast(encoded.device.type, enabled=False):
-            for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+            for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
                 hidden = torch.baddbmm(bias, hidden, weight).relu()
-            return torch.baddbmm(self.biases[-1], hidden, self.weights[-1])
-
-    @torch.enable_grad()
-    def fit(self, timesteps: Tensor, curves: Tensor, iterations: int = 400) -> None:
-        """Regress the generators onto the given curves with Adam."""
-        parameters = [*self.weights, *self.biases]
-        # Fused, as many small parameters cost more time in the loop over them than in numbers.
-        optimizer = torch.optim.Adam(parameters, lr=3e-3, fused=True)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
-        for _ in range(iterations):
-            error = (self.curves(timesteps) - curves).square().mean(dim=(1, 2)).sum()
-            gradients = torch.autograd.grad(error, parameters)
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
-            optimizer.step()
-            schedule.step()
-        optimizer.zero_grad()
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {self.config}"
+            return torch.baddbmm(biases[-1], hidden, weights[-1])
 
 
 def _frequencies(config: GeneratorConfig) -> Tensor:

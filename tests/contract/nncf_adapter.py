@@ -23,6 +23,7 @@ class NNCF:
             "torch's rounding": "NNCF rounds in its own way; see adapters/nncf/test_quantizer.py",
             "grids of products": "NNCF chooses them, and which products it quantizes",
             "calibration": "nncf.quantize has calibrated the model, so it runs after attach",
+            "weights loaded late": "refused; see adapters/nncf/test_training.py",
             "threads": "NNCF's hooks change the modules for the time of a call",
             "compilation": "torch.compile cannot trace NNCF's hooks",
         }

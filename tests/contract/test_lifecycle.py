@@ -30,6 +30,23 @@ def test_table_loads_into_a_fresh_model(make, attach_only, tmp_path):
         assert torch.equal(fresh(SAMPLE, step), frozen(SAMPLE, step))
 
 
+@pytest.mark.needs("weights loaded late")
+def test_float_weights_may_be_loaded_before_or_after_attach(adapter):
+    torch.manual_seed(0)
+    initial, trained = TinyDenoiser().eval(), TinyDenoiser().eval()
+    with torch.no_grad():
+        trained.conv_down.weight.mul_(4)
+    outputs = []
+    for late in (False, True):
+        start = copy.deepcopy(initial if late else trained)
+        model = tdq.attach(adapter.prepare(start, example_inputs(), 8, 8)).eval()
+        if late:
+            model.load_state_dict(trained.state_dict(), strict=False)
+        tdq.calibrate(model, BATCHES)
+        outputs.append(model(SAMPLE, 250))
+    assert torch.equal(*outputs)
+
+
 def test_a_frozen_copy_does_not_freeze_the_original(make):
     model = make()
     tdq.freeze(copy.deepcopy(model), STEPS)
@@ -127,6 +144,22 @@ def test_calibration_is_float_and_leaves_no_trace(attach_only):
         assert not quantizer.observed
         # One bin of timesteps for each of the four samples.
         assert len(observers[name].result().timesteps) == 4
+
+
+@pytest.mark.parametrize("inference_mode", [False, True])
+def test_calibration_needs_neither_gradients_nor_flags_of_the_caller(attach_only, inference_mode):
+    expected, model = attach_only(), attach_only()
+    tdq.calibrate(expected, BATCHES)
+    if not inference_mode:
+        tdq.scale_bank(model).requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    with torch.inference_mode(inference_mode):
+        tdq.calibrate(model, BATCHES)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert torch.equal(model(SAMPLE, 250), expected(SAMPLE, 250))
+    tdq.scale_bank(model).requires_grad_(True)
+    model(SAMPLE, 250).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in tdq.scale_bank(model).parameters())
 
 
 def test_modes_off_and_dynamic(make):

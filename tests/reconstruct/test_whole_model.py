@@ -2,11 +2,12 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import tdq_plugin as tdq
 from tdq_plugin.adapters.torch_ao import quantize_eager
 from tdq_plugin.errors import AdapterError
-from tdq_plugin.reconstruct import ReconstructionConfig, reconstruct
+from tdq_plugin.reconstruct import CalibrationSet, ReconstructionConfig, reconstruct
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,55 @@ def test_the_model_without_quantizers_is_the_default_reference(model, unet, data
     assert losses == pytest.approx(reconstruct(twin, data, config, reference=unet), rel=1e-4)
     elsewhere = reconstruct(model, data, config, reference=lambda x, t: torch.ones_like(x))
     assert elsewhere != pytest.approx(losses, rel=0.5)
+
+
+class TimestepFirst(nn.Module):
+    """Its own order of arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, t, x):
+        return self.layer(x * (1 + t[:, None] / 1000))
+
+
+class OptionalArguments(TimestepFirst):
+    """Arguments that are not given stand between sample and timestep."""
+
+    def forward(self, x, y=None, t=None):
+        return super().forward(t, x if y is None else x + y)
+
+
+class ConditionFirst(TimestepFirst):
+    """The condition comes before the sample."""
+
+    def forward(self, y, x, t):
+        return super().forward(t, x + y)
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("kind", [TimestepFirst, OptionalArguments, ConditionFirst])
+def test_arguments_in_any_order(kind, reference):
+    torch.manual_seed(0)
+    model, samples = kind().eval(), torch.randn(16, 4)
+    conditions = {"y": torch.randn(16, 4)} if kind is ConditionFirst else {}
+    data = CalibrationSet(samples, torch.arange(16.0) * 60, conditions)
+    floating = copy.deepcopy(model)
+    attached = tdq.attach(quantize_eager(model, 2, 8, first_last_bits=None), tdq.ConstantBank)
+    tdq.calibrate(attached, [{"x": samples, "t": data.timesteps, **conditions}])
+    config = ReconstructionConfig(iterations=50, batch_size=16, learning_rate=1e-2)
+    first = reconstruct(copy.deepcopy(attached), data, ReconstructionConfig(iterations=1))
+    (loss,) = reconstruct(attached, data, config, reference=floating if reference else None)
+    assert loss < first[0]
+
+
+def test_no_argument_for_the_sample():
+    model = tdq.attach(quantize_eager(TimestepFirst().eval()), tdq.ConstantBank)
+    tdq.calibrate(model, [{"x": torch.ones(2, 4), "t": torch.tensor([1, 2])}])
+    data = CalibrationSet(torch.ones(2, 4), torch.tensor([1.0, 2.0]), {"x": torch.ones(2, 4)})
+    with pytest.raises(AdapterError, match=r"arguments \['t', 'x'\], .* none is left for the samp"):
+        reconstruct(model, data)
 
 
 def test_a_finished_checkpoint_is_not_trained_again(model, data, tmp_path):

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from contract.networks import BATCHES, STEPS
+from contract.networks import BATCHES, STEPS, TinyDenoiser
 
 import tdq_plugin as tdq
+from tdq_plugin.errors import AdapterError
 from tdq_plugin.reconstruct import CalibrationSet
 
 SAMPLES = torch.cat([sample[:4] for sample, _ in BATCHES])
@@ -40,3 +41,14 @@ def test_reconstruction_brings_the_output_nearer(make):
     with torch.no_grad():
         after = (model(SAMPLES, TIMESTEPS) - target).square().mean()
     assert after < 0.85 * before
+
+
+def test_float_weights_come_before_the_ranges(make):
+    model = make()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(AdapterError, match=r"'conv_in.weight' and no ranges.* before nncf\.quan"):
+        model.load_state_dict(TinyDenoiser().state_dict(), strict=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    bank = {name: value for name, value in before.items() if name.startswith("scale_bank.")}
+    model.load_state_dict(bank, strict=False)
+    model.load_state_dict(before)

@@ -1,6 +1,7 @@
 """Exported graphs serve every batch size and every form of the timestep, and learn where it is."""
 
 import copy
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -66,6 +67,61 @@ def test_further_inputs_keep_their_names():
     }
     expected = model(sigma=torch.tensor([7.0]), **arguments)
     torch.testing.assert_close(graph(sigma=7, **arguments), expected)
+
+
+class Containers(nn.Module):
+    """A condition in a container, and two results."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.layer, self.read = nn.Linear(4, 4), read
+
+    def forward(self, sample, timestep, y):
+        first, second = self.read(y)
+        hidden = self.layer(sample + first) * timestep[:, None]
+        return hidden, {"mean": hidden + second}
+
+
+@pytest.mark.parametrize(
+    ("contain", "read"),
+    [
+        (lambda a, b: {"embedding": a}, lambda y: (y["embedding"], 0)),
+        (lambda a, b: [a], lambda y: (y[0], 0)),
+        (lambda a, b: (a, b), lambda y: y),
+        (
+            lambda a, b: {"number": 3, "text": [a, {"mask": b}], "nothing": None},
+            lambda y: (y["text"][0], y["text"][1]["mask"]),
+        ),
+    ],
+    ids=["dictionary", "list", "tuple", "nested"],
+)
+def test_containers_of_tensors(contain, read):
+    torch.manual_seed(0)
+    model = Containers(read).eval()
+    example = contain(torch.randn(2, 4), torch.randn(2, 4))
+    graph = export(model, (torch.randn(2, 4), torch.tensor([1, 2]), example))
+    call = torch.randn(3, 4), torch.tensor([5, 6, 7]), contain(*torch.randn(2, 3, 4))
+    by_name = dict(zip(("sample", "timestep", "y"), call, strict=True))
+    with torch.no_grad():
+        expected = model(*call)
+        torch.testing.assert_close(graph(*call), expected)
+        torch.testing.assert_close(graph(**by_name), expected)
+        prepared = tdq.attach(prepare_qat_pt2e(graph, TDQQuantizer(8, 8, first_last_bits=None)))
+        tdq.calibrate(prepared, [by_name])
+        quantized = prepared(*call)
+    assert 0 < (quantized[0] - expected[0]).norm() < 0.03 * expected[0].norm()
+    assert quantized[1].keys() == {"mean"}
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+def test_a_container_that_a_graph_cannot_take():
+    example = torch.randn(2, 4), torch.tensor([1, 2]), Pair(torch.ones(2, 4), torch.ones(2, 4))
+    with pytest.raises(TraceError, match=r"'y' holds a tensor at \.first, .* dictionaries and seq"):
+        export(Containers(lambda y: (y.first, y.second)).eval(), example)
 
 
 def test_the_timesteps_of_other_samples(exported_unet):
