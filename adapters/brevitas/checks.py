@@ -17,7 +17,8 @@ def check_layers(model: nn.Module) -> None:
 
     Raises:
         AdapterError: One returns a `QuantTensor`, its bias takes the scale of the input, it is a
-            part of a recurrent layer, or Brevitas cannot quantize its weight.
+            part of a recurrent layer or a `TransformerEncoderLayer`, or Brevitas cannot quantize
+            its weight.
     """
     for path, layer in model.named_modules():
         if isinstance(layer, QuantWeightBiasInputOutputLayer) and _has_channels_in_groups(layer):
@@ -25,6 +26,12 @@ def check_layers(model: nn.Module) -> None:
                 f"{path!r} is a transposed convolution with groups={layer.groups} and a weight "
                 "scale for each channel, which Brevitas cannot compute. Give it weight_quant="
                 f"Int8WeightPerTensorFloat, or leave it float: float_layers=[{path!r}]."
+            )
+        if isinstance(layer, nn.TransformerEncoderLayer) and _has_tdq(layer):
+            raise AdapterError(
+                f"{path!r} is a TransformerEncoderLayer, which in evaluation computes with the "
+                "weights of its layers instead of calling them. Let all of it stay float: "
+                f"float_layers=[{path!r}]."
             )
         if isinstance(layer, QuantRecurrentLayerMixin) and _has_tdq(layer):
             raise AdapterError(

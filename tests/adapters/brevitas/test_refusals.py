@@ -16,6 +16,7 @@ import tdq_plugin as tdq
 from tdq_plugin.adapters.brevitas import (
     TDQInt8ActPerTensorFloat,
     TDQUint8ActPerTensorFloat,
+    quantize_layerwise,
     tdq_layer_map,
 )
 from tdq_plugin.errors import AdapterError, ConfigError, TimestepError
@@ -50,6 +51,18 @@ def test_recurrent_layers(around):
     layer = qnn.QuantLSTM(4, 4, io_quant=ACTIVATION, bias_quant=None)
     with pytest.raises(AdapterError, match=r"'layer.*QuantLSTM.*Leave its quantizers to Brevitas"):
         tdq.attach(around(layer))
+
+
+def test_layers_that_are_not_called(around):
+    def quantized(*float_layers):
+        encoder = torch.nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+        model = around(torch.nn.Sequential(encoder, torch.nn.Linear(4, 4)))
+        return quantize_layerwise(model, float_layers=float_layers)
+
+    with pytest.raises(AdapterError, match=r"is a Transformer.*float_layers=\['layer\.0'\]"):
+        tdq.attach(quantized("layer.0.self_attn"))
+    model = tdq.attach(quantized("layer.0"))
+    assert tdq.scale_bank(model).names == ("layer.1.input",)
 
 
 @pytest.mark.parametrize("layer", [qnn.QuantConvTranspose1d, qnn.QuantConvTranspose2d])
