@@ -117,7 +117,7 @@ def train_method(comparison: Comparison, name: str, objective: Objective) -> Non
     training = Training(
         quantized,
         run.accelerator,
-        config.training,
+        config.training_of(name),
         config.scale_learning_rates[name],
         config.model_dump(mode="json", exclude={"methods", "evaluation"}),
         config.seed,

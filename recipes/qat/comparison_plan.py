@@ -43,8 +43,17 @@ def plan_of(recipe: str, config: ComparisonConfig) -> Plan:
         "methods": ", ".join(config.methods),
         "steps": f"{iterations:,} for each of {len(config.methods)} methods, batches of "
         f"{config.training.batch_size}",
+        "rates": _learning_rates(config),
         "memory": memory.describe(config.training.batch_size),
         "evaluation": f"{config.evaluation.samples:,} images by {config.steps} DDIM steps",
         "results": str(config.run_folder),
     }
     return Plan(f"tdq run {recipe}", lines)
+
+
+def _learning_rates(config: ComparisonConfig) -> str:
+    methods: dict[float, list[str]] = {}
+    for name in config.methods:
+        methods.setdefault(config.training_of(name).learning_rate, []).append(name)
+    shared = (f"{rate:g} for {', '.join(names)}" for rate, names in methods.items())
+    return f"learning rate of the weights {'; '.join(shared)}"

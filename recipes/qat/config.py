@@ -72,6 +72,8 @@ class ComparisonConfig(QATConfig):
         methods: Rows of the report.
         calibration: Where the first scales come from.
         scale_learning_rates: Of each method's scale bank.
+        weight_learning_rates: Of the network's parameters with methods that have their own, instead
+            of `training.learning_rate`.
         correction: Which methods are also measured with a correction of their output.
         evaluation: What the methods are measured on.
         trained: Folder of another run of the recipe: its weights are measured, none are trained.
@@ -82,12 +84,13 @@ class ComparisonConfig(QATConfig):
     methods: list[str] = Field(min_length=1)
     calibration: TrajectorySection
     scale_learning_rates: dict[str, PositiveFloat]
+    weight_learning_rates: dict[str, PositiveFloat] = Field(default={})
     correction: CorrectionSection
     evaluation: EvaluationSection
     trained: Path | None = None
     scale_history: list[NonNegativeInt] = Field(default=[])
 
-    @field_validator("methods", "scale_learning_rates")
+    @field_validator("methods", "scale_learning_rates", "weight_learning_rates")
     @classmethod
     def _known_methods(cls, names: list[str]) -> list[str]:
         unknown = sorted(set(names) - set(METHODS))
@@ -139,6 +142,11 @@ class ComparisonConfig(QATConfig):
     def rows(self) -> dict[str, str]:
         """Names of the report's rows and their titles; a corrected row follows its method."""
         return row_titles(METHODS, self.methods, self.correction.methods)
+
+    def training_of(self, method: str) -> TrainingSection:
+        """How a method is trained: as all are, but with its own learning rate if it has one."""
+        rate = self.weight_learning_rates.get(method, self.training.learning_rate)
+        return self.training.model_copy(update={"learning_rate": rate})
 
 
 class NoisedImagesSection(Section):

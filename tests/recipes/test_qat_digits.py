@@ -77,6 +77,20 @@ def test_without_a_table_no_model_is_saved(overrides: list[str]) -> None:
     assert "smaller than float32" not in page
 
 
+def test_a_method_can_have_its_own_learning_rate_of_the_weights(
+    overrides: list[str], tiny_pipeline: Path
+) -> None:
+    settings = ["methods=[dynamic, lsq]", "weight_learning_rates={lsq: 1.0e-20}", "name=own-rate"]
+    folder = QAT.run(QAT.configure([*overrides, *settings, "training.iterations=2"]))
+    original = UNet2DModel.from_pretrained(tiny_pipeline, subfolder="unet").state_dict()
+    for method, unchanged in (("dynamic", False), ("lsq", True)):
+        weights = load_file(folder / "weights" / f"{method}.safetensors")
+        shared = [name for name in weights if name.endswith("conv1.weight")]
+        assert shared
+        same = [torch.equal(weights[name], original[name]) for name in shared]
+        assert all(same) if unchanged else not any(same)
+
+
 def test_a_correction_brings_the_mean_of_the_samples_nearer(finished: Path) -> None:
     images = {
         name: load_file(finished / "rows" / f"{name}.int8.safetensors")["images"]
@@ -170,6 +184,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tiny_pipeline: Path, tmp_pat
     assert result.exit_code == 0, result.output
     assert "tdq run ddim-digits-qat" in result.stdout
     assert "steps       400 for each of 10 methods, batches of 32" in result.stdout
+    assert "weights 0.0003 for lsq, tdq, pact, " in result.stdout
+    assert "; 0.001 for tdq_pact, nipq, dynamic" in result.stdout
     assert " GB: " in result.stdout
     assert "4,500 images" in result.stdout
     assert list(tmp_path.iterdir()) == []
@@ -267,6 +283,11 @@ def test_only_weights_that_fit_are_taken(finished: Path, tmp_path: Path) -> None
         ("methods=[]", r"^methods = \[\]: List should have at least 1 item"),
         ("methods=[tdk]", r"^methods = \['tdk'\]: .*are no methods; choose from .*'tdq_nipq'"),
         ("scale_learning_rates={lsq: 1}", r"^scale_learning_rates = .*'tdq'.* no learning rate"),
+        (
+            "weight_learning_rates.tdk=1",
+            r"^weight_learning_rates = .*\['tdk'\] are no methods; choose from .*'lsq'",
+        ),
+        ("weight_learning_rates.lsq=0", r"^weight_learning_rates\.lsq = 0: .*greater than 0"),
         ("objective=x", r"^objective = 'x': Input should be 'noise', 'distillation' or"),
         ("training.ema_decay=1", r"^training\.ema_decay = 1: Input should be less than 1"),
         ("training.rate=1", r"^Unknown key 'training.rate'. Known keys: batch_size, "),
