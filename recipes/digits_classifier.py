@@ -14,6 +14,7 @@ from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_folder
 from tdq_plugin.recipes.config import ASSETS, RecipeConfig
 from tdq_plugin.recipes.digits import load_digits
+from tdq_plugin.recipes.run_state import check_new_folder
 
 __all__ = [
     "ClassifierConfig",
@@ -97,10 +98,7 @@ def run(config: ClassifierConfig) -> Path:
     """Train, save `model.safetensors` and `config.json`; return the folder."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    if config.run_folder.exists():
-        raise ConfigError(
-            f"{config.run_folder} exists. Remove it, or choose another folder: name=..., output=..."
-        )
+    check_new_folder(config.run_folder)
     (images, labels), held_out = split_digits()
     model = DigitClassifier()
     steps = config.epochs * len(images) // config.batch_size

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from diffusers import LDMPipeline
 
-from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_folder
 from tdq_plugin.recipes.compvis.architecture import churches_pipeline
 from tdq_plugin.recipes.compvis.checkpoint import read_checkpoint
@@ -14,6 +13,7 @@ from tdq_plugin.recipes.compvis.weights import load_compvis
 from tdq_plugin.recipes.config import RecipeConfig
 from tdq_plugin.recipes.float_model import FloatModel
 from tdq_plugin.recipes.plan import Plan
+from tdq_plugin.recipes.run_state import check_new_folder
 
 __all__ = ["ImportConfig", "plan", "run"]
 
@@ -53,10 +53,7 @@ def run(config: ImportConfig, architecture: Callable[[], LDMPipeline] = churches
 
 
 def _imported(config: ImportConfig, architecture: Callable[[], LDMPipeline]) -> LDMPipeline:
-    if config.run_folder.exists():
-        raise ConfigError(
-            f"{config.run_folder} exists. Remove it, or choose another folder: name=..., output=..."
-        )
+    check_new_folder(config.run_folder)
     torch.set_num_threads(config.threads)
     tensors = read_checkpoint(config.checkpoint)
     pipeline = architecture()

@@ -12,7 +12,7 @@ from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_file
 from tdq_plugin.recipes.evaluation.denoiser import Result
 
-__all__ = ["RunState", "check_folder", "differences", "read_settings"]
+__all__ = ["RunState", "check_folder", "check_new_folder", "differences", "read_settings"]
 
 
 class RunState:
@@ -85,6 +85,18 @@ def check_folder(folder: Path, config: dict[str, Any], changeable: Collection[st
                 f"{folder} holds a run with other settings: {shown}. Choose another name=..., or "
                 "remove the folder."
             )
+
+
+def check_new_folder(folder: Path) -> None:
+    """See that a folder is not there, for a run that is done in one go and replaces nothing.
+
+    Raises:
+        ConfigError: It is.
+    """
+    if folder.exists():
+        raise ConfigError(
+            f"{folder} exists. Remove it, or choose another folder: name=..., output=..."
+        )
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tdq_plugin.errors import CalibrationError
 
-__all__ = ["check_layout", "fingerprints", "holds_samples", "next_places"]
+__all__ = ["check_layout", "fingerprints", "has_samples", "holds_samples", "next_places"]
 
 
 def fingerprints(x: Tensor, samples: int) -> Tensor:
@@ -31,14 +31,19 @@ def fingerprints(x: Tensor, samples: int) -> Tensor:
     return parts @ torch.arange(parts.shape[1], device=x.device).cos()
 
 
+def has_samples(value: Any, samples: int) -> bool:
+    """Whether a value is a tensor with so many rows, one for each sample of a batch."""
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == samples
+
+
 def holds_samples(arguments: Any, samples: int) -> bool:
     """Whether a model's arguments have a tensor with more than t for each of so many samples."""
-    return any(_of_samples(leaf, samples) and leaf.dim() > 1 for leaf in tree_leaves(arguments))
+    return any(has_samples(leaf, samples) and leaf.dim() > 1 for leaf in tree_leaves(arguments))
 
 
 def next_places(arguments: Any, samples: int) -> Any:
     """Move every sample one place on, the last to the front, in all tensors of samples."""
-    return tree_map(lambda leaf: leaf.roll(1, 0) if _of_samples(leaf, samples) else leaf, arguments)
+    return tree_map(lambda leaf: leaf.roll(1, 0) if has_samples(leaf, samples) else leaf, arguments)
 
 
 def check_layout(
@@ -67,7 +72,3 @@ def check_layout(
                     "it stay float: float_layers=[...]. Or give t as one number in every batch, "
                     "in calibration and in training."
                 )
-
-
-def _of_samples(leaf: Any, samples: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == samples

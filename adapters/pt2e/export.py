@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tdq_plugin.adapters.pt2e.plain_signature import with_plain_signature
 from tdq_plugin.adapters.pt2e.timestep_input import prepare_timestep_input
+from tdq_plugin.batch_layout import has_samples
 from tdq_plugin.errors import TraceError
 from tdq_plugin.graph.trace import trace
 from tdq_plugin.timestep import as_timesteps, find_timestep_argument
@@ -90,5 +91,4 @@ def _arguments(
 
 
 def _shape(value: Any, batch: int, dimension: Any) -> Any:
-    has_samples = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
-    return {0: dimension} if has_samples else None
+    return {0: dimension} if has_samples(value, batch) else None

@@ -10,7 +10,7 @@ from tdq_plugin.recipes.bits import Bits, BitsName
 from tdq_plugin.recipes.calibration import CalibrationSection
 from tdq_plugin.recipes.config import ASSETS, RecipeConfig, filled_in, other_noise
 from tdq_plugin.recipes.correction import CorrectionSection, row_titles
-from tdq_plugin.recipes.evaluation.digits_evaluation import EvaluationSection
+from tdq_plugin.recipes.evaluation.digits_evaluation import UNSEEN, EvaluationSection
 from tdq_plugin.recipes.frameworks import Framework, FrameworkName
 from tdq_plugin.recipes.ptq.methods import METHODS, covers_trained_methods, known_methods
 from tdq_plugin.recipes.ptq.training import (
@@ -85,8 +85,8 @@ class PTQConfig(RecipeConfig):
     @field_validator("calibration")
     @classmethod
     def _leave_timesteps_unseen(cls, calibration: CalibrationSection) -> CalibrationSection:
-        if 0.5 in calibration.shifts:
-            raise ValueError("shifts: the timesteps that are 0.5 later are those of the test")
+        if UNSEEN in calibration.shifts:
+            raise ValueError(f"shifts: the timesteps that are {UNSEEN} later are those of the test")
         return calibration
 
     @field_validator("training")

@@ -154,7 +154,7 @@ def evaluator_of(comparison: Comparison) -> Evaluator:
         comparison.run.model.to("cpu"),
         Path(config.model),
         config.output / "float-images",
-        None if config.data.source == "digits" else _all_images(comparison),
+        _all_images(comparison),
     )
 
 

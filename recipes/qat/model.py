@@ -1,5 +1,6 @@
 """A model in training: its weights on disk, and its scales frozen for a while."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,10 +72,10 @@ def find_weights(run: Path, method: str, config: "QATConfig") -> Path:
             "Give the folder of a finished run with this method."
         )
     other = read_settings(settings)
-    for key in ("adapter", "bits", "model"):
+    # A model's folder may be written in several ways.
+    for key, form in (("adapter", str), ("bits", str), ("model", os.path.realpath)):
         wanted = getattr(config, key)
-        # A model's folder may be written in several ways.
-        if Path(other[key]).resolve() != Path(wanted).resolve():
+        if form(other[key]) != form(wanted):
             raise ConfigError(
                 f"trained = {str(run)!r} is a run with {key}={other[key]}, not {wanted}."
             )

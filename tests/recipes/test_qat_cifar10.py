@@ -1,11 +1,8 @@
 """The recipe `ddim-cifar10-qat`: tiny from end to end, on two processes, and at its real size."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers_models import ddpm_cifar10
 from safetensors.torch import load_file
+from two_processes import run_on_two_processes
 
 from tdq_plugin.deploy import load_int8
 from tdq_plugin.errors import ConfigError
@@ -104,17 +102,7 @@ def test_results_do_not_wait_for_the_model(
 
 
 def test_two_processes_do_what_one_does(finished: Path, overrides: list[str]) -> None:
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    launch += ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    program = Path(sys.executable).with_name("tdq")
-    process = subprocess.run(
-        [*launch, str(program), "run", QAT.name, *overrides, "name=two"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
+    run_on_two_processes(QAT.name, *overrides, "name=two")
     two = finished.with_name("two")
     first, second = results(finished)["rows"], results(two)["rows"]
     assert [row["model"] for row in first] == [row["model"] for row in second]

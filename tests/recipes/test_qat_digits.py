@@ -1,7 +1,6 @@
 """The recipe `ddim-digits-qat` from configuration to report, and after a kill."""
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from safetensors.torch import load_file
+from two_processes import run_on_two_processes
 from typer.testing import CliRunner
 
 import tdq_plugin as tdq
@@ -240,17 +240,7 @@ def test_trained_weights_are_measured_with_other_steps(
 
 def test_two_processes_train_and_one_of_them_measures(overrides: list[str]) -> None:
     settings = ["methods=[lsq]", "evaluation.samples=100", "training.iterations=2"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    launch += ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    program = Path(sys.executable).with_name("tdq")
-    process = subprocess.run(
-        [*launch, str(program), "run", QAT.name, *overrides, *settings, "name=two"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
+    run_on_two_processes(QAT.name, *overrides, *settings, "name=two")
     two, one = (
         QAT.configure([*overrides, *settings, f"name={name}"]).run_folder for name in ("two", "one")
     )
