@@ -13,6 +13,7 @@ from tdq_plugin.recipes.digits import load_digits
 from tdq_plugin.recipes.float_model import FloatModel
 from tdq_plugin.recipes.plan import Plan
 from tdq_plugin.recipes.pretraining import (
+    BetaSchedule,
     PretrainingConfig,
     arguments_of,
     make_network,
@@ -20,6 +21,7 @@ from tdq_plugin.recipes.pretraining import (
     picture_of_samples,
     plan_of,
     pretrain,
+    start_from,
     write_figures,
 )
 
@@ -32,9 +34,14 @@ class PretrainConfig(PretrainingConfig):
     """Configuration of `ddim-digits-pretrain`.
 
     Attributes:
+        beta_schedule: How the noise grows with t, by diffusers' name.
+        start_from: Folder of a saved pipeline whose UNet the training starts from; null: from
+            random weights.
         unet: Arguments of `diffusers.UNet2DModel`.
     """
 
+    beta_schedule: BetaSchedule
+    start_from: Path | None
     unet: Annotated[dict[str, Any], arguments_of(UNet2DModel)]
 
 
@@ -60,7 +67,8 @@ def _start(config: PretrainConfig) -> tuple[FloatModel, Callable[[torch.Generato
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     unet = make_network("unet", UNet2DModel, config.unet)
-    model = FloatModel(unet, DDIMScheduler(num_train_timesteps=1000))
+    start_from(unet, config.start_from)
+    model = FloatModel(unet, DDIMScheduler(beta_schedule=config.beta_schedule))
     images, _ = load_digits(model.image_shape[1])
 
     def loss_of(generator: torch.Generator) -> Tensor:

@@ -103,12 +103,13 @@ class FloatModel:
         return self.autoencoder.decode(scaled, return_dict=False)[0].to(latents.device)
 
 
-def load_float_model(name: str | Path) -> FloatModel:
+def load_float_model(name: str | Path, key: str = "model") -> FloatModel:
     """Load a pipeline.
 
     Args:
         name: Folder of a saved pipeline, or a repository of the Hugging Face hub: a DDPM or DDIM
             pipeline, or an LDMPipeline whose `vqvae` is a VQModel or an AutoencoderKL.
+        key: Of the name in the configuration, for messages.
 
     Raises:
         ConfigError: There is no such pipeline, its networks are not of these kinds or do not fit
@@ -119,49 +120,51 @@ def load_float_model(name: str | Path) -> FloatModel:
         pipeline = DiffusionPipeline.from_pretrained(str(name))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model = {str(name)!r} is neither the folder of a saved diffusers pipeline nor a "
+            f"{key} = {str(name)!r} is neither the folder of a saved diffusers pipeline nor a "
             f"repository that can be downloaded ({str(error).splitlines()[0]}). "
-            "Set model=... to one of these."
+            f"Set {key}=... to one of these."
         ) from error
     unet = getattr(pipeline, "unet", None)
     if not isinstance(unet, UNet2DModel):
         raise ConfigError(
-            f"model = {str(name)!r} is a {type(pipeline).__name__} with a {type(unet).__name__}; "
+            f"{key} = {str(name)!r} is a {type(pipeline).__name__} with a {type(unet).__name__}; "
             "this recipe takes a pipeline with a UNet2DModel, such as google/ddpm-cifar10-32."
         )
     predicts = pipeline.scheduler.config.prediction_type
     if predicts != "epsilon":
         raise ConfigError(
-            f"model = {str(name)!r} predicts {predicts!r}; this recipe takes models that predict "
+            f"{key} = {str(name)!r} predicts {predicts!r}; this recipe takes models that predict "
             "the noise (prediction_type='epsilon')."
         )
     spacing = pipeline.scheduler.config.get("timestep_spacing", "leading")
     if spacing != "leading":
         raise ConfigError(
-            f"model = {str(name)!r} has a scheduler with timestep_spacing={spacing!r}; the recipes "
+            f"{key} = {str(name)!r} has a scheduler with timestep_spacing={spacing!r}; the recipes "
             "visit DDIM's timesteps, and others at a distance from them, which diffusers does with "
             "'leading' alone. Set it in the pipeline's scheduler/scheduler_config.json."
         )
     # DDIM (arXiv 2010.02502) does not clip. Near pure noise, a quantization error of the noise is
     # a hundredfold error of the image, which clipping turns from zero mean into a shift.
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
-    return FloatModel(unet.eval(), scheduler, _autoencoder(name, pipeline))
+    return FloatModel(unet.eval(), scheduler, _autoencoder(name, pipeline, key))
 
 
-def _autoencoder(name: str | Path, pipeline: DiffusionPipeline) -> AutoencoderKL | VQModel | None:
+def _autoencoder(
+    name: str | Path, pipeline: DiffusionPipeline, key: str
+) -> AutoencoderKL | VQModel | None:
     autoencoder = getattr(pipeline, "vqvae", None)
     if autoencoder is None:
         return None
     if not isinstance(autoencoder, AutoencoderKL | VQModel):
         raise ConfigError(
-            f"model = {str(name)!r} has a {type(autoencoder).__name__} as its autoencoder; this "
+            f"{key} = {str(name)!r} has a {type(autoencoder).__name__} as its autoencoder; this "
             "recipe takes a VQModel or an AutoencoderKL."
         )
     config, seen = autoencoder.config, pipeline.unet.config.in_channels
     latents = getattr(config, "vq_embed_dim", None) or config.latent_channels
     if latents != seen:
         raise ConfigError(
-            f"model = {str(name)!r}: the autoencoder's latents have {latents} channels, and the "
+            f"{key} = {str(name)!r}: the autoencoder's latents have {latents} channels, and the "
             f"UNet takes {seen}."
         )
     return autoencoder.eval().requires_grad_(False)

@@ -15,6 +15,7 @@ from tdq_plugin.recipes.digits import load_digits
 from tdq_plugin.recipes.float_model import FloatModel
 from tdq_plugin.recipes.plan import Plan
 from tdq_plugin.recipes.pretraining import (
+    BetaSchedule,
     PretrainingConfig,
     arguments_of,
     make_network,
@@ -22,6 +23,7 @@ from tdq_plugin.recipes.pretraining import (
     picture_of_samples,
     plan_of,
     pretrain,
+    start_from,
     write_figures,
 )
 
@@ -37,10 +39,15 @@ class LatentPretrainConfig(PretrainingConfig):
     Attributes:
         autoencoder: Folder of a trained AutoencoderKL, `model/` in the results of
             `ldm-digits-autoencoder`.
+        beta_schedule: How the noise grows with t, by diffusers' name.
+        start_from: Folder of a saved pipeline whose UNet the training starts from; null: from
+            random weights.
         unet: Arguments of `diffusers.UNet2DModel`.
     """
 
     autoencoder: Path = AUTOENCODER
+    beta_schedule: BetaSchedule
+    start_from: Path | None
     unet: Annotated[dict[str, Any], arguments_of(UNet2DModel)]
 
 
@@ -66,8 +73,9 @@ def _start(config: LatentPretrainConfig) -> tuple[FloatModel, Callable[[torch.Ge
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     unet = make_network("unet", UNet2DModel, config.unet)
+    start_from(unet, config.start_from)
     # Latents have no natural limits, so the sampler must not clip them.
-    scheduler = DDIMScheduler(num_train_timesteps=1000, clip_sample=False)
+    scheduler = DDIMScheduler(beta_schedule=config.beta_schedule, clip_sample=False)
     model = FloatModel(unet, scheduler, _load_autoencoder(config.autoencoder))
     images, _ = load_digits(model.image_shape[1])
     latents = torch.cat([model.encode(part) for part in images.split(500)])

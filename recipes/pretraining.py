@@ -6,7 +6,7 @@ from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
 from statistics import mean
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
@@ -22,12 +22,13 @@ from tdq_plugin.files import atomic_file
 from tdq_plugin.recipes.checkpoints import check_settings, load_checkpoint, save_checkpoint
 from tdq_plugin.recipes.config import RecipeConfig
 from tdq_plugin.recipes.evaluation.sampling import sample, scheduler_with
-from tdq_plugin.recipes.float_model import FloatModel
+from tdq_plugin.recipes.float_model import FloatModel, load_float_model
 from tdq_plugin.recipes.plan import Plan
 from tdq_plugin.recipes.run_state import RunState, check_folder
 from tdq_plugin.study.figures import loss_curve, sample_grid
 
 __all__ = [
+    "BetaSchedule",
     "PretrainingConfig",
     "arguments_of",
     "make_network",
@@ -35,11 +36,14 @@ __all__ = [
     "picture_of_samples",
     "plan_of",
     "pretrain",
+    "start_from",
     "write_figures",
 ]
 
 
 Network = TypeVar("Network", bound=nn.Module)
+# As diffusers names them: DDPM's, and the cosine of improved DDPM (arXiv 2102.09672, section 3.2).
+BetaSchedule = Literal["linear", "squaredcos_cap_v2"]
 # What diffusers and torch raise at sizes that do not fit together.
 _MISFITS = (TypeError, ValueError, RuntimeError, AttributeError)
 
@@ -97,6 +101,24 @@ def make_network(key: str, network: type[Network], arguments: dict[str, Any]) ->
         return network(**arguments)
     except _MISFITS as error:
         raise ConfigError(f"{key}: {network.__name__} cannot be built: {error}") from error
+
+
+def start_from(unet: UNet2DModel, model: Path | None) -> None:
+    """Take the weights of a saved pipeline's UNet; without one, keep the random ones.
+
+    Raises:
+        ConfigError: There is no such pipeline, or its UNet has other shapes.
+    """
+    if model is None:
+        return
+    trained = load_float_model(model, "start_from").unet
+    try:
+        unet.load_state_dict(trained.state_dict())
+    except RuntimeError as error:
+        raise ConfigError(
+            f"start_from = {str(model)!r} has a UNet of other shapes than `unet`: "
+            f"{str(error).splitlines()[1].strip()}"
+        ) from error
 
 
 class Training:
