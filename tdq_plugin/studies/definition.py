@@ -8,12 +8,14 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field
 
+import tdq_plugin.recipes
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes import find_recipe
 from tdq_plugin.recipes.config import Section, load_config
 
 __all__ = ["STUDIES", "Part", "RunGroup", "RunSpec", "StudyDefinition", "load_study"]
 
+RECIPES = Path(tdq_plugin.recipes.__file__).parent
 FOLDER = Path(__file__).parent / "definitions"
 STUDIES = tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
 FigureName = Literal[
@@ -55,7 +57,8 @@ class RunGroup(Section):
     Attributes:
         recipe: Its name.
         name: Name of the runs; `{key}` stands for a value of `vary`.
-        settings: What all of them have; in texts `{runs}` stands for the folder of the runs.
+        settings: What all of them have; in texts `{runs}` stands for the folder of the runs, and
+            `{recipes}` for the package of the recipes, which has small models.
         vary: Values of each further key; every combination is a run.
         needs: Names of runs that these read.
     """
@@ -73,7 +76,7 @@ class RunGroup(Section):
             chosen = dict(zip(self.vary, values, strict=True))
             name = _filled_in(self.name, chosen)
             settings = common | self.settings | chosen | {"name": name, "output": str(runs)}
-            settings = {key: _with_folder(value, runs) for key, value in settings.items()}
+            settings = {key: _with_folders(value, runs) for key, value in settings.items()}
             specs.append(
                 RunSpec(recipe=self.recipe, name=name, settings=settings, needs=self.needs)
             )
@@ -222,5 +225,7 @@ def _filled_in(name: str, values: dict[str, Any]) -> str:
     return name
 
 
-def _with_folder(value: Any, runs: Path) -> Any:
-    return value.replace("{runs}", str(runs)) if isinstance(value, str) else value
+def _with_folders(value: Any, runs: Path) -> Any:
+    if not isinstance(value, str):
+        return value
+    return value.replace("{runs}", str(runs)).replace("{recipes}", str(RECIPES))

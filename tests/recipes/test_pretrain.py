@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes import Recipe, find_recipe, pretraining
 from tdq_plugin.recipes.digits import load_digits
+from tdq_plugin.recipes.float_model import load_float_model
 
 SHORT = ["iterations=6", "batch_size=4", "warmup=2", "checkpoint_every=2"]
 SMALL_UNET = [
@@ -75,6 +76,61 @@ def test_the_model_is_a_pipeline_that_draws(finished: dict[str, Path]) -> None:
         pipeline.set_progress_bar_config(disable=True)
         images = pipeline(batch_size=2, num_inference_steps=2, output_type="np").images
         assert images.shape == (2, size, size, 1)
+
+
+@pytest.mark.parametrize("recipe", [PIXELS, LATENTS], ids=lambda recipe: recipe.name)
+def test_another_schedule_starts_from_trained_weights(
+    recipe: Recipe, finished: dict[str, Path], overrides: dict[str, list[str]]
+) -> None:
+    first = finished[recipe.name] / "model"
+    config: Any = recipe.configure(
+        [
+            *overrides[recipe.name],
+            f"name={recipe.name}-cosine",
+            f"start_from={first}",
+            "beta_schedule=squaredcos_cap_v2",
+            "iterations=2",
+            "warmup=0",
+        ]
+    )
+    folder = recipe.run(config)
+    schedulers = [load_float_model(path).scheduler for path in (first, folder / "model")]
+    assert [scheduler.config.beta_schedule for scheduler in schedulers] == [
+        "linear", "squaredcos_cap_v2"
+    ]  # fmt: skip
+    assert schedulers[1].config.clip_sample == schedulers[0].config.clip_sample
+    # Two steps of Adam move a weight by little more than their learning rates; random weights are
+    # far away.
+    start, end = (load_float_model(path).unet.state_dict() for path in (first, folder / "model"))
+    distance = max(float((end[name] - start[name]).abs().max()) for name in start)
+    assert 0 < distance < 3 * config.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "start_from=nowhere",
+            r"^start_from = 'nowhere' is neither .* Set start_from=",
+        ),
+        ("unet.block_out_channels=[16, 16]", r"^start_from = .* has a UNet of other shapes than"),
+        ("beta_schedule=cosine", r"^beta_schedule = 'cosine': Input should be 'linear' or 'squ"),
+    ],
+)
+def test_a_start_that_does_not_fit(
+    setting: str,
+    message: str,
+    finished: dict[str, Path],
+    overrides: dict[str, list[str]],
+) -> None:
+    start = f"start_from={finished[PIXELS.name] / 'model'}"
+    given = [*overrides[PIXELS.name], "name=misfit", start]
+    fitting = PIXELS.configure(given)
+    PIXELS.plan(fitting)
+    for action in (PIXELS.plan, PIXELS.run):
+        with pytest.raises(ConfigError, match=message):
+            action(PIXELS.configure([*given, setting]))
+    assert not fitting.run_folder.exists()
 
 
 def test_latents_have_a_spread_of_one(finished: dict[str, Path]) -> None:

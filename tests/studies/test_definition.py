@@ -8,6 +8,7 @@ import yaml
 
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes import find_recipe
+from tdq_plugin.recipes.config import ASSETS
 from tdq_plugin.studies import conduct
 from tdq_plugin.studies.conduct import Study
 from tdq_plugin.studies.definition import STUDIES, load_study
@@ -18,7 +19,7 @@ def content() -> dict[str, Any]:
     group = {
         "recipe": "ddim-digits-qat",
         "name": "{bits}-{methods}-{seed}",
-        "settings": {"steps": 10, "trained": "{runs}/other"},
+        "settings": {"steps": 10, "trained": "{runs}/other", "model": "{recipes}/assets/mine"},
         "vary": {"bits": ["W4A4", "W8A4"], "seed": [0, 1], "methods": [["lsq", "tdq"]]},
     }
     return {
@@ -47,6 +48,7 @@ def test_a_group_is_a_run_for_every_combination(tmp_path: Path) -> None:
         "evaluation.samples=5000",
         "steps=10",
         'trained="runs/other"',
+        f'model="{ASSETS}/mine"',
         'bits="W8A4"',
         "seed=1",
         'methods=["lsq", "tdq"]',
