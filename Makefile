@@ -1,13 +1,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint constraints
+.PHONY: demo test test-fast test-slow lint constraints
 
 demo: .venv/recipes.stamp
 	$(BIN)/tdq run ddim-digits-ptq name=demo reconstruction.iterations=400 training.lsq.learning_rate=3e-3
 
 test: .venv/all.stamp
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# What one runs between two edits: no whole recipe, documentation page or network of real size.
+test-fast: .venv/all.stamp
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not whole"
 
 test-slow: .venv/all.stamp
 	$(BIN)/pytest -m slow

@@ -11,6 +11,8 @@ from diffusers_models import one_level_unet
 
 from tdq_plugin.deploy.openvino import OVDenoiser
 
+pytestmark = pytest.mark.whole
+
 FOLDER = Path(__file__).parents[1] / "examples"
 
 

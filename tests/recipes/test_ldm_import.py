@@ -22,6 +22,8 @@ from tdq_plugin.recipes.compvis.weights import load_weights
 from tdq_plugin.recipes.float_model import load_float_model, set_attention_heads
 from tdq_plugin.recipes.ldm_churches_import import plan, run
 
+pytestmark = pytest.mark.whole
+
 HEADS = 4
 SIZES: dict[str, Any] = {
     "width": 32,

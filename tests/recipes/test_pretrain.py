@@ -14,6 +14,8 @@ from tdq_plugin.recipes import Recipe, find_recipe, pretraining
 from tdq_plugin.recipes.digits import load_digits
 from tdq_plugin.recipes.float_model import load_float_model
 
+pytestmark = pytest.mark.whole
+
 SHORT = ["iterations=6", "batch_size=4", "warmup=2", "checkpoint_every=2"]
 SMALL_UNET = [
     "unet.block_out_channels=[8, 16]",

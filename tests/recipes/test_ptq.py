@@ -30,6 +30,8 @@ from tdq_plugin.reconstruct import CalibrationSet
 from tdq_plugin.study.schema import METRICS, validate_report
 from tdq_plugin.weights import WeightQuantizer
 
+pytestmark = pytest.mark.whole
+
 INT8, FAKE = ["minmax", "lsq", "tdq"], ["ptq4dm", "lsq", "tdq", "dynamic"]
 SMALL = [
     "threads=1",

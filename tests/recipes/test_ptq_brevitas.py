@@ -21,6 +21,8 @@ from tdq_plugin.recipes.run_state import RunState
 from tdq_plugin.reconstruct import CalibrationSet
 from tdq_plugin.study.schema import METRICS, validate_report
 
+pytestmark = pytest.mark.whole
+
 SMALL = [
     "adapter=brevitas",
     "threads=1",

@@ -23,6 +23,8 @@ from tdq_plugin.recipes.ptq import quantize as ptq_quantize
 from tdq_plugin.recipes.ptq.methods import METHODS
 from tdq_plugin.weights import WeightQuantizer
 
+pytestmark = pytest.mark.whole
+
 CIFAR, CHURCHES = find_recipe("ddim-cifar10-ptq"), find_recipe("ldm-churches-ptq")
 DIGITS = ["data={source: digits}", "evaluation.features=digits"]
 SMALL = [

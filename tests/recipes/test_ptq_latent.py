@@ -13,6 +13,8 @@ from tdq_plugin.recipes.evaluation.sampling import sample, scheduler_with
 from tdq_plugin.recipes.float_model import load_float_model
 from tdq_plugin.study.schema import METRICS, validate_report
 
+pytestmark = pytest.mark.whole
+
 PTQ = find_recipe("ldm-digits-ptq")
 SMALL = [
     "threads=1",

@@ -19,6 +19,8 @@ from tdq_plugin.recipes.ptq.methods import METHODS
 from tdq_plugin.reconstruct import CalibrationSet
 from tdq_plugin.study.schema import METRICS, validate_report
 
+pytestmark = pytest.mark.whole
+
 SMALL = [
     "adapter=nncf",
     "threads=1",

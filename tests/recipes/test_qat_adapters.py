@@ -18,6 +18,8 @@ from tdq_plugin.recipes.qat.comparison import begin
 from tdq_plugin.recipes.qat.model import load_weights
 from tdq_plugin.study.schema import METRICS, validate_report
 
+pytestmark = pytest.mark.whole
+
 QAT = find_recipe("ddim-digits-qat")
 FULL_SIZE = find_recipe("ddim-cifar10-qat")
 SAVED = {"pt2e": "model.pt2", "brevitas": "model.onnx", "nncf": "openvino_model.xml"}

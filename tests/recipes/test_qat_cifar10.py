@@ -24,6 +24,8 @@ from tdq_plugin.recipes.qat.best_checkpoints import BestCheckpoints
 from tdq_plugin.recipes.qat.full_size import prepare_method, train_best
 from tdq_plugin.recipes.qat.stages import start
 
+pytestmark = pytest.mark.whole
+
 QAT = find_recipe("ddim-cifar10-qat")
 WITHOUT_NETWORK = ["data={source: digits, validation_images: 16}", "evaluation.features=digits"]
 SMALL = [

@@ -24,6 +24,8 @@ from tdq_plugin.recipes.qat.model import copy_weights
 from tdq_plugin.recipes.report_parts import command
 from tdq_plugin.study.schema import METRICS, validate_report
 
+pytestmark = pytest.mark.whole
+
 QAT = find_recipe("ddim-digits-qat")
 TRAINED = ["tdq_nipq", "dynamic"]
 CHOSEN = [

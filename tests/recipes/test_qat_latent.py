@@ -15,6 +15,8 @@ from tdq_plugin.recipes.float_model import load_float_model
 from tdq_plugin.recipes.ldm_digits_qat import MODEL
 from tdq_plugin.study.schema import METRICS, validate_report
 
+pytestmark = pytest.mark.whole
+
 DIGITS = find_recipe("ldm-digits-qat")
 CHURCHES = find_recipe("ldm-churches-qat")
 SMALL = [

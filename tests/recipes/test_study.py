@@ -17,6 +17,8 @@ from tdq_plugin.recipes import find_recipe
 from tdq_plugin.studies.conduct import Study
 from tdq_plugin.studies.definition import RunSpec
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.fixture(scope="module")
 def study_file(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

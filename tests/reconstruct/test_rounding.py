@@ -101,7 +101,8 @@ def test_the_quantizer_reproduces_the_rounded_weight_bit_for_bit(weight, bits, d
 
 
 @pytest.mark.parametrize(
-    ("granularity", "iterations", "bits"), [("block", 10, 2), ("network", 30, 3)]
+    ("granularity", "iterations", "bits"),
+    [("block", 10, 2), pytest.param("network", 30, 3, marks=pytest.mark.whole)],
 )
 def test_learned_rounding_beats_the_nearest(
     templates, clone, unet, data, granularity, iterations, bits

@@ -1,5 +1,6 @@
 """The whole flow on the architecture of google/ddpm-cifar10-32, with random weights."""
 
+import pytest
 import torch
 from brevitas.export.inference import quant_inference_mode
 from brevitas.quant import Int8WeightPerChannelFloat
@@ -8,6 +9,8 @@ from diffusers_models import ddpm_cifar10
 
 import tdq_plugin as tdq
 from tdq_plugin.adapters.brevitas import quantize_layerwise, timestep_path_names
+
+pytestmark = pytest.mark.whole
 
 
 def test_layerwise_attach_qat_step_freeze_and_inference():

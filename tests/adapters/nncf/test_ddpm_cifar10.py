@@ -1,12 +1,15 @@
 """The whole flow on the architecture of google/ddpm-cifar10-32, with random weights."""
 
 import nncf
+import pytest
 import torch
 from diffusers import DDIMScheduler
 from diffusers_models import ddpm_cifar10
 
 import tdq_plugin as tdq
 from tdq_plugin.adapters.nncf import prepare, strip, tdq_quantize_settings
+
+pytestmark = pytest.mark.whole
 
 
 def test_quantize_attach_qat_step_freeze_and_strip():

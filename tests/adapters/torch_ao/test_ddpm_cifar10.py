@@ -1,5 +1,6 @@
 """The whole flow on the architecture of google/ddpm-cifar10-32, with random weights."""
 
+import pytest
 import torch
 from diffusers import DDIMScheduler
 from diffusers_models import ddpm_cifar10
@@ -7,6 +8,8 @@ from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
 import tdq_plugin as tdq
 from tdq_plugin.adapters.torch_ao import tdq_backend_config, tdq_qconfig_mapping
+
+pytestmark = pytest.mark.whole
 
 
 def test_prepare_attach_qat_step_freeze_and_int8():

@@ -1,5 +1,6 @@
 """No layer of google/ddpm-cifar10-32 loses its integer kernel to the timestep."""
 
+import pytest
 import torch
 from diffusers_models import ddpm_cifar10
 from torch.ao.quantization.quantize_fx import prepare_fx
@@ -8,6 +9,8 @@ import tdq_plugin as tdq
 from tdq_plugin.adapters.torch_ao import tdq_backend_config, tdq_qconfig_mapping
 from tdq_plugin.deploy.openvino import to_openvino
 from tdq_plugin.freeze import resolve_timesteps
+
+pytestmark = pytest.mark.whole
 
 STEPS = resolve_timesteps([0, 500, 999])
 
