@@ -38,8 +38,11 @@ def sample_grid(samples: Mapping[str, Tensor], columns: int = 12) -> bytes:
         raise ConfigError(f"A sample grid needs images of one size, got {sizes}.")
     picture = torch.cat(rows).repeat_interleave(4, 0).repeat_interleave(4, 1)
     height, width = picture.shape[0] / len(rows), picture.shape[1] / columns
-    figure, (axes,) = subplots(1, 1, 1.3 + 0.62 * columns, 0.35 + 0.62 * len(rows))
+    labels = 0.2 + 0.085 * max(map(len, samples))
+    figure, (axes,) = subplots(1, 1, labels + 0.62 * columns, 0.35 + 0.62 * len(rows))
     axes.imshow(picture.numpy(), interpolation="nearest", aspect="equal")
+    # What the images leave free is for the labels.
+    axes.set_anchor("E")
     axes.set_yticks([(row + 0.5) * height for row in range(len(rows))], list(samples))
     numbers = [str(column + 1) for column in range(columns)]
     axes.set_xticks([(column + 0.5) * width for column in range(columns)], numbers)

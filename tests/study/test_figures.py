@@ -49,6 +49,15 @@ def test_sample_grid_in_colour() -> None:
     assert (np.abs(picture - [1, 0, 0]).max(axis=-1) < 0.01).sum() > 1000
 
 
+@pytest.mark.parametrize(
+    ("rows", "name"), [(11, "table, 100 groups"), (3, "TDQ, zero point of t, corrected")]
+)
+def test_labels_of_a_sample_grid_are_whole(rows: int, name: str) -> None:
+    names = [name, *(f"row {row}" for row in range(1, rows))]
+    picture = decode(sample_grid({name: images(16) for name in names}, columns=16))
+    assert picture[:, 0].min() == 1
+
+
 def test_sample_grid_refuses_what_it_cannot_place() -> None:
     with pytest.raises(ConfigError, match=r"TDQ: \(3, 1, 16, 16\) are not 8 images"):
         sample_grid({"TDQ": images(3)}, columns=8)
