@@ -36,6 +36,8 @@ from tdq_plugin.recipes.qat.training_log import TrainingLog, make_accelerator
 from tdq_plugin.reconstruct import CalibrationSet
 from tdq_plugin.scales import GeneratorBank
 
+pytestmark = pytest.mark.whole
+
 SECTION = TrainingSection(
     iterations=8,
     batch_size=4,

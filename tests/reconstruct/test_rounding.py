@@ -100,9 +100,9 @@ def test_the_quantizer_reproduces_the_rounded_weight_bit_for_bit(weight, bits, d
     assert torch.equal(quantizer.codes(rounded), expected.to(torch.int8))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
-    ("granularity", "iterations", "bits"),
-    [("block", 10, 2), pytest.param("network", 30, 3, marks=pytest.mark.whole)],
+    ("granularity", "iterations", "bits"), [("block", 10, 2), ("network", 30, 3)]
 )
 def test_learned_rounding_beats_the_nearest(
     templates, clone, unet, data, granularity, iterations, bits

@@ -230,6 +230,7 @@ def test_blocks_are_those_of_fx(unet, unet_inputs, exported_unet):
     assert len(ours) > 8
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("granularity", ["block", "network"])
 def test_reconstruction_lowers_the_error(exported_unet, granularity):
     model = attached(exported_unet)

@@ -62,6 +62,7 @@ def test_ddim_pipeline_samples_in_three_lines(denoiser, quantized, unet, tmp_pat
     np.testing.assert_allclose(draw(pipeline), images, atol=1e-5)
 
 
+@pytest.mark.whole
 def test_ldm_pipeline(denoiser):
     torch.manual_seed(0)
     decoder = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8)
