@@ -13,6 +13,7 @@ from tdq_plugin.errors import ConfigError
 __all__ = [
     "ASSETS",
     "CONFIG_FOLDER",
+    "RECIPES",
     "RecipeConfig",
     "Section",
     "Seed",
@@ -22,9 +23,10 @@ __all__ = [
     "require_writable",
 ]
 
-CONFIG_FOLDER = Path(__file__).parent / "configs"
+RECIPES = Path(__file__).parent
+CONFIG_FOLDER = RECIPES / "configs"
 # Small models that come with the package.
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = RECIPES / "assets"
 MODEL_CONFIG = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 # Steps and places in a batch are added to multiples of it, which must stay below 2**63.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]

@@ -8,14 +8,12 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field
 
-import tdq_plugin.recipes
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes import find_recipe
-from tdq_plugin.recipes.config import Section, load_config
+from tdq_plugin.recipes.config import RECIPES, Section, load_config
 
 __all__ = ["STUDIES", "Part", "RunGroup", "RunSpec", "StudyDefinition", "load_study"]
 
-RECIPES = Path(tdq_plugin.recipes.__file__).parent
 FOLDER = Path(__file__).parent / "definitions"
 STUDIES = tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
 FigureName = Literal[

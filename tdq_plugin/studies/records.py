@@ -14,15 +14,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-import tdq_plugin.recipes
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_file
+from tdq_plugin.recipes.config import RECIPES
 from tdq_plugin.studies.results import Curve, FinishedRun, ScaleHistory
 
 __all__ = ["load_record", "portable", "save_record"]
 
 FORMAT = {"format": "tdq-study-run", "version": "1"}
-RECIPES = Path(tdq_plugin.recipes.__file__).parent
 
 
 def save_record(path: Path, run: FinishedRun) -> None:

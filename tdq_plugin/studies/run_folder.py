@@ -7,6 +7,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from tdq_plugin.recipes.config import RECIPES
 from tdq_plugin.recipes.evaluation.digits_evaluation import EvaluationSection, float_images
 from tdq_plugin.recipes.float_model import load_float_model
 from tdq_plugin.studies.results import Curve, FinishedRun, ScaleHistory, row_name
@@ -25,6 +26,8 @@ def load_run(folder: Path) -> FinishedRun:
     config, report = (
         json.loads((folder / name).read_text()) for name in ("config.json", "report.json")
     )
+    # What a reader of the report has is a checkout.
+    report["command"] = report["command"].replace(f"{RECIPES}/", "recipes/")
     curves, images = {}, {}
     for row in report.get("rows", []):
         name = row_name(row)

@@ -11,6 +11,7 @@ from diffusers import DDIMPipeline, DDIMScheduler
 from diffusers_models import one_level_unet
 from safetensors.torch import save_file
 
+from tdq_plugin.recipes.config import RECIPES
 from tdq_plugin.studies.results import FinishedRun
 from tdq_plugin.studies.run_folder import load_run
 
@@ -59,7 +60,7 @@ def make_run(tmp_path: Path, pipeline: Path) -> Callable[..., FinishedRun]:
         report = {
             "rows": rows,
             "noise_floor": {"frechet_distance_to_float": 0.5},
-            "command": f"tdq run demo seed={seed}",
+            "command": f"tdq run demo seed={seed} model={RECIPES}/assets/mine",
         }
         evaluation = {"samples": 100, "trajectories": 1, "seed": 9}
         config = {"bits": bits, "steps": 2, "seed": seed}

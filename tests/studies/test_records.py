@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tdq_plugin.errors import ConfigError
-from tdq_plugin.studies.records import RECIPES, load_record, portable, save_record
+from tdq_plugin.recipes.config import RECIPES
+from tdq_plugin.studies.records import load_record, portable, save_record
 from tdq_plugin.studies.results import FinishedRun, ScaleHistory
 
 METHODS = {"TDQ": ("tdq", "int8", 0.25, 0.5), "dynamic": ("dynamic", "fake", 0.75, 1.0)}
@@ -44,6 +45,13 @@ def test_a_run_that_has_kept_nothing_but_numbers(
     record = load_record(tmp_path / "one.safetensors")
     assert (record.report, record.curves, record.images) == (run.report, {}, {})
     assert record.scales is None
+
+
+def test_a_command_names_models_of_the_package_as_a_checkout_does(
+    make_run: Callable[..., FinishedRun],
+) -> None:
+    command = make_run("one", "W4A4", 3, METHODS).report["command"]
+    assert command == "tdq run demo seed=3 model=recipes/assets/mine"
 
 
 def test_a_configuration_keeps_no_path_of_this_machine() -> None:
