@@ -35,6 +35,7 @@ def layers_run(folder: Path) -> FinishedRun:
     }
     deviations = torch.stack([still, moving])
     report = {
+        "command": "tdq run demo",
         "bits": "W4A4",
         "timesteps": timesteps.tolist(),
         "layers": layers,
