@@ -44,7 +44,9 @@ def distance_dots(
     columns = min(len(groups), 4)
     rows = math.ceil(len(groups) / columns)
     height = 0.9 + 0.28 * len(methods)
-    figure, panels = subplots(rows, columns, 2.2 + 2.4 * columns, rows * height)
+    # A single panel is as wide as the label below it.
+    width = max(5.2, 2.2 + 2.4 * columns)
+    figure, panels = subplots(rows, columns, width, rows * height)
     for axes in panels[len(groups) :]:
         axes.remove()
     for index, (group, draws) in enumerate(groups.items()):

@@ -76,6 +76,7 @@ def _output_error(model, data):
     return float((quantized - target).square().mean())
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("granularity", ["block", "network"])
 def test_training_lowers_the_error_and_touches_only_the_bank(model, data, granularity):
     before = _output_error(model, data)

@@ -164,6 +164,7 @@ def test_only_the_layers_of_the_block_are_learned(model):
     assert all(name.startswith("down_blocks.0.resnets.0.") for name in learned)
 
 
+@pytest.mark.whole
 def test_an_interrupted_run_goes_on_to_the_same_result(model, clone, data, tmp_path):
     config = ReconstructionConfig("block", **QUICK)
     twin = clone(model)

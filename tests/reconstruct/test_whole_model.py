@@ -28,6 +28,7 @@ def _error(model, unet, data):
     return sum(float((quantized - target).square().mean()) for quantized, target in pairs)
 
 
+@pytest.mark.whole
 def test_a_model_that_is_no_graph_is_trained_on_its_output(model, unet, data):
     before = _error(model, unet, data)
     (loss,) = reconstruct(model, data, ReconstructionConfig(iterations=40, batch_size=16))
