@@ -1,5 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-fast test-slow lint constraints
 
@@ -7,11 +8,11 @@ demo: .venv/recipes.stamp
 	$(BIN)/tdq run ddim-digits-ptq name=demo reconstruction.iterations=400 training.lsq.learning_rate=3e-3
 
 test: .venv/all.stamp
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 
 # What one runs between two edits: no whole recipe, documentation page or network of real size.
 test-fast: .venv/all.stamp
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not whole"
+	$(PYTEST) -m "not slow and not whole"
 
 test-slow: .venv/all.stamp
 	$(BIN)/pytest -m slow

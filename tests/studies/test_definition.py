@@ -186,7 +186,7 @@ def test_a_run_that_cannot_be_read_is_a_failure(
 def test_a_study_that_is_not_there() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"^No study is called 'digit'. Studies: digits, learning-rates, models; or",
+        match=r"^No study is called 'digit'. Studies: digits, learning-rates, models; or give",
     ):
         load_study("digit")
 
