@@ -12,18 +12,11 @@ from tdq_plugin.files import atomic_folder
 from tdq_plugin.recipes.digits import load_digits
 from tdq_plugin.recipes.float_model import FloatModel
 from tdq_plugin.recipes.plan import Plan
-from tdq_plugin.recipes.pretraining import (
-    BetaSchedule,
-    PretrainingConfig,
-    arguments_of,
-    make_network,
-    noise_loss,
-    picture_of_samples,
-    plan_of,
-    pretrain,
-    start_from,
-    write_figures,
-)
+from tdq_plugin.recipes.pretraining.config import PretrainingConfig
+from tdq_plugin.recipes.pretraining.diffusion import BetaSchedule, noise_loss, picture_of_samples
+from tdq_plugin.recipes.pretraining.figures import write_figures
+from tdq_plugin.recipes.pretraining.networks import arguments_of, make_network, start_from
+from tdq_plugin.recipes.pretraining.training import plan_of, pretrain
 
 __all__ = ["PretrainConfig", "plan", "run"]
 
@@ -67,7 +60,7 @@ def _start(config: PretrainConfig) -> tuple[FloatModel, Callable[[torch.Generato
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     unet = make_network("unet", UNet2DModel, config.unet)
-    start_from(unet, config.start_from)
+    start_from(unet, config.start_from, config.checkpoint)
     model = FloatModel(unet, DDIMScheduler(beta_schedule=config.beta_schedule))
     images, _ = load_digits(model.image_shape[1])
 

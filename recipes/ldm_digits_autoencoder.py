@@ -13,14 +13,10 @@ from torch.nn.functional import mse_loss
 from tdq_plugin.files import atomic_folder
 from tdq_plugin.recipes.digits import load_digits
 from tdq_plugin.recipes.plan import Plan
-from tdq_plugin.recipes.pretraining import (
-    PretrainingConfig,
-    arguments_of,
-    make_network,
-    plan_of,
-    pretrain,
-    write_figures,
-)
+from tdq_plugin.recipes.pretraining.config import PretrainingConfig
+from tdq_plugin.recipes.pretraining.figures import write_figures
+from tdq_plugin.recipes.pretraining.networks import arguments_of, make_network
+from tdq_plugin.recipes.pretraining.training import plan_of, pretrain
 from tdq_plugin.study.figures import sample_grid
 
 __all__ = ["AutoencoderConfig", "plan", "run"]

@@ -14,18 +14,11 @@ from tdq_plugin.recipes.config import ASSETS
 from tdq_plugin.recipes.digits import load_digits
 from tdq_plugin.recipes.float_model import FloatModel
 from tdq_plugin.recipes.plan import Plan
-from tdq_plugin.recipes.pretraining import (
-    BetaSchedule,
-    PretrainingConfig,
-    arguments_of,
-    make_network,
-    noise_loss,
-    picture_of_samples,
-    plan_of,
-    pretrain,
-    start_from,
-    write_figures,
-)
+from tdq_plugin.recipes.pretraining.config import PretrainingConfig
+from tdq_plugin.recipes.pretraining.diffusion import BetaSchedule, noise_loss, picture_of_samples
+from tdq_plugin.recipes.pretraining.figures import write_figures
+from tdq_plugin.recipes.pretraining.networks import arguments_of, make_network, start_from
+from tdq_plugin.recipes.pretraining.training import plan_of, pretrain
 
 __all__ = ["LatentPretrainConfig", "plan", "run"]
 
@@ -73,7 +66,7 @@ def _start(config: LatentPretrainConfig) -> tuple[FloatModel, Callable[[torch.Ge
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     unet = make_network("unet", UNet2DModel, config.unet)
-    start_from(unet, config.start_from)
+    start_from(unet, config.start_from, config.checkpoint)
     # Latents have no natural limits, so the sampler must not clip them.
     scheduler = DDIMScheduler(beta_schedule=config.beta_schedule, clip_sample=False)
     model = FloatModel(unet, scheduler, _load_autoencoder(config.autoencoder))

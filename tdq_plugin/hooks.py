@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tdq_plugin.attach import named_quantizers, scale_bank
 from tdq_plugin.errors import AdapterError, CalibrationError, TimestepError
+from tdq_plugin.sample_argument import find_sample_argument
 from tdq_plugin.timestep import bind_timestep, find_timestep_argument
 
 __all__ = [
@@ -116,8 +117,8 @@ def argument_names(model: nn.Module, conditions: Container[str] = ()) -> tuple[s
 
     Args:
         model: The attached model.
-        conditions: Names of arguments that are given, too. The sample is the first argument that
-            is neither the timestep nor one of them.
+        conditions: Names of arguments that are given, too. The sample is found among those that
+            are neither the timestep nor one of them (`find_sample_argument`).
 
     Raises:
         AdapterError: The model's scales do not travel by hooks, or no argument is left for the
@@ -125,9 +126,11 @@ def argument_names(model: nn.Module, conditions: Container[str] = ()) -> tuple[s
     """
     current = _current_rows(model)
     arguments, timestep = list(current.signature.parameters), current.timestep_argument
-    for name in arguments:
-        if name != timestep and name not in conditions:
-            return name, timestep
+    sample = find_sample_argument(
+        name for name in arguments if name != timestep and name not in conditions
+    )
+    if sample is not None:
+        return sample, timestep
     raise AdapterError(
         f"The forward of this {type(model).__name__} has the arguments {arguments}, and besides "
         f"the timestep {timestep!r} and the conditions that were given none is left for the "

@@ -16,7 +16,7 @@ from tdq_plugin.errors import (
     TimestepError,
 )
 from tdq_plugin.grid import activation_grid
-from tdq_plugin.hooks import at_timestep
+from tdq_plugin.hooks import argument_names, at_timestep
 
 SAMPLE = BATCHES[2][0][:4]
 
@@ -44,6 +44,19 @@ def test_a_part_at_a_timestep(model, timestep):
 def test_a_timestep_for_a_model_without_hooks():
     with pytest.raises(AdapterError, match="has no scale hooks"), at_timestep(nn.Linear(1, 1), 5):
         pass
+
+
+class LabelFirst(TinyDenoiser):
+    def forward(self, label, sample, timestep):
+        return super().forward(sample, timestep) * label
+
+
+def test_the_sample_need_not_be_the_first_argument():
+    attached = tdq.attach(quantize_eager(LabelFirst().eval()))
+    assert argument_names(attached) == ("sample", "timestep")
+    assert argument_names(attached, {"label"}) == ("sample", "timestep")
+    with pytest.raises(AdapterError, match="none is left for the sample"):
+        argument_names(attached, {"label", "sample"})
 
 
 def test_a_forward_that_a_tool_has_replaced(model):

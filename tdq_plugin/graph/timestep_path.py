@@ -6,11 +6,10 @@ import torch
 from torch import fx
 
 from tdq_plugin.graph.timestep_node import find_timestep_node
+from tdq_plugin.sample_argument import find_sample_argument
 
 __all__ = ["Source", "sees_samples", "sources"]
 
-# What diffusers and others call the sample.
-_SAMPLE_NAMES = {"sample", "hidden_states", "latents", "x"}
 _SHAPE_ATTRIBUTES = {"shape", "dtype", "device"}
 _SHAPE_METHODS = {"size", "dim", "numel"}
 
@@ -32,22 +31,19 @@ def sees_samples(depends: Source) -> bool:
 def sources(graph: fx.Graph) -> dict[fx.Node, Source]:
     """What each node depends on; the shape of a tensor counts as nothing.
 
-    The sample is the first input besides the timestep that has one of the usual names (`sample`,
-    `hidden_states`, `latents`, `x`), or the very first if none has. The others are conditions, such
-    as class labels or text embeddings.
+    The sample is found by `find_sample_argument`; further inputs are conditions, such as class
+    labels or text embeddings.
     """
     timesteps = find_timestep_node(graph)
     raw = timesteps.args[0] if timesteps is not None else None
-    inputs = [node for node in graph.find_nodes(op="placeholder") if node is not raw]
-    sample = next(
-        (node for node in inputs if node.target in _SAMPLE_NAMES), next(iter(inputs), None)
-    )
+    inputs = [node.target for node in graph.find_nodes(op="placeholder") if node is not raw]
+    sample = find_sample_argument(inputs)
     found: dict[fx.Node, Source] = {}
     for node in graph.nodes:
         if node in (raw, timesteps):
             found[node] = Source.TIMESTEP
         elif node.op == "placeholder":
-            found[node] = Source.SAMPLE if node is sample else Source.CONDITION
+            found[node] = Source.SAMPLE if node.target == sample else Source.CONDITION
         elif _reads_shape(node):
             found[node] = Source.NOTHING
         else:

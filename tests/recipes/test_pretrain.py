@@ -10,9 +10,10 @@ from matplotlib.image import imread
 from safetensors.torch import load_file
 
 from tdq_plugin.errors import ConfigError
-from tdq_plugin.recipes import Recipe, find_recipe, pretraining
+from tdq_plugin.recipes import Recipe, find_recipe
 from tdq_plugin.recipes.digits import load_digits
 from tdq_plugin.recipes.float_model import load_float_model
+from tdq_plugin.recipes.pretraining import training as pretraining
 
 pytestmark = pytest.mark.whole
 

@@ -1,0 +1,1 @@
+"""Training float networks from scratch: what the pretraining recipes share."""
