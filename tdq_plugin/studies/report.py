@@ -119,7 +119,7 @@ def _measurement(results: Mapping[str, PartResults]) -> list[Block]:
     return [
         f"Images of each row: {counts}. Feature space of the Fréchet distances: "
         f"{'; '.join(spaces) or 'none yet'}. They can be compared only with distances in the same "
-        "space from equally many samples; they are not the FID and the Inception score of papers.",
+        "space from equally many samples.",
         Table(["Column", "Meaning"], columns),
         *READING,
     ]

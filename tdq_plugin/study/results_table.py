@@ -115,7 +115,7 @@ def _comparability(rows: Sequence[ReportRow]) -> str:
     spaces = ", ".join(sorted({row["feature_space"] for row in rows}))
     return (
         f"Feature space of the Fréchet distances: {spaces}. They can be compared only with "
-        "distances in the same space from equally many samples; they are not the FID of papers. "
+        "distances in the same space from equally many samples. "
         "Each row is one calibration: another seed moves small differences, and the Fréchet "
         "distance reacts strongly to small common changes of the scales. Compare several seeds "
         "before you believe a close ranking."
