@@ -48,7 +48,7 @@ def run(config: PretrainConfig) -> Path:
     """Train, save `model/` (a DDIMPipeline), `loss.png` and `samples.png`; return the folder."""
     model, loss_of = _start(config)
     losses = pretrain(config, model.unet, loss_of)
-    with atomic_folder(config.run_folder / "model") as temporary:
+    with atomic_folder(config.run_folder / "model", marker="model_index.json") as temporary:
         DDIMPipeline(model.unet, model.scheduler).save_pretrained(temporary)
     samples = picture_of_samples(model, steps=20, seed=config.seed)
     write_figures(config.run_folder, losses, samples=samples)

@@ -140,7 +140,7 @@ def _save(config: ClassifierConfig, model: DigitClassifier, held_out_accuracy: f
         "held_out_accuracy": round(held_out_accuracy, 4),
         "held_out_images": 500,
     }
-    with atomic_folder(config.run_folder) as temporary:
+    with atomic_folder(config.run_folder, marker=WEIGHTS) as temporary:
         save_file(model.state_dict(), temporary / WEIGHTS)
         (temporary / "config.json").write_text(json.dumps(description, indent=2) + "\n")
 

@@ -48,7 +48,7 @@ def run(config: AutoencoderConfig) -> Path:
     autoencoder, images, loss_of = _start(config)
     losses = pretrain(config, autoencoder, loss_of)
     autoencoder.register_to_config(scaling_factor=1 / _spread(autoencoder, images))
-    with atomic_folder(config.run_folder / "model") as temporary:
+    with atomic_folder(config.run_folder / "model", marker="config.json") as temporary:
         autoencoder.save_pretrained(temporary)
     write_figures(config.run_folder, losses, reconstructions=_picture(autoencoder, images))
     return config.run_folder

@@ -54,7 +54,7 @@ def run(config: LatentPretrainConfig) -> Path:
     """Train, save `model/` (an LDMPipeline), `loss.png` and `samples.png`; return the folder."""
     model, loss_of = _start(config)
     losses = pretrain(config, model.unet, loss_of)
-    with atomic_folder(config.run_folder / "model") as temporary:
+    with atomic_folder(config.run_folder / "model", marker="model_index.json") as temporary:
         LDMPipeline(model.autoencoder, model.unet, model.scheduler).save_pretrained(temporary)
     samples = picture_of_samples(model, steps=20, seed=config.seed)
     write_figures(config.run_folder, losses, samples=samples)

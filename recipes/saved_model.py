@@ -41,7 +41,7 @@ def save_model(
         correction: The model's output correction, to be saved with it.
     """
     tdq.load_scales(model.eval(), evaluate_table(tdq.scale_bank(model), scheduler))
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, marker="unet/config.json") as temporary:
         unet.save_config(temporary / "unet")
         scheduler.save_config(temporary / "scheduler")
         noted = {**extra, "attention_heads": attention_heads(unet)}

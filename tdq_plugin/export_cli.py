@@ -38,7 +38,7 @@ def openvino(
     size = unet.config.sample_size
     example = torch.zeros(2, unet.config.in_channels, size, size), torch.zeros(2)
     converted = to_openvino(load_int8(model / "int8", unet, example), example)
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, marker="scheduler/scheduler_config.json") as temporary:
         OVDenoiser(converted, unet.config).save(temporary / "unet")
         DDIMScheduler.from_pretrained(model / "scheduler").save_pretrained(temporary / "scheduler")
     typer.echo(converted.report)

@@ -18,6 +18,7 @@ from tdq_plugin.errors import ConfigError, StorageError
 __all__ = ["atomic_file", "atomic_folder"]
 
 _UMASK_LOCK = threading.Lock()
+_ATTEMPTS = 10
 
 
 @contextmanager
@@ -59,7 +60,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path, *, marker: str) -> Iterator[Path]:
     """Give a temporary folder beside `path`; put it in `path`'s place when the block succeeds.
 
     A kill between the two renames leaves the old folder under `.NAME.old`; `path` is then
@@ -67,12 +68,14 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
     Args:
         path: The folder to create or replace.
+        marker: Path within the folder of a file that every folder of this kind has. A folder
+            without it holds something else, and is not replaced unless it is empty.
 
     Yields:
         The folder to fill. It is removed if the block raises, and `path` stays as it was.
 
     Raises:
-        ConfigError: There is a file at `path`.
+        ConfigError: There is a file at `path`, or a folder with other content.
         OSError: Whatever the write itself raised, for example a full disk; safetensors' own error
             becomes a `StorageError`, which is one.
     """
@@ -81,6 +84,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         raise ConfigError(f"{path} is a file; remove it, or choose another folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(path)
+    _check_content(path, marker)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         with _safetensors_as_files(path):
@@ -90,11 +94,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             if file.is_file():
                 file.chmod(0o666 & ~_umask())
                 _flush_to_disk(file)
-        previous = _previous(path)
-        if path.exists():
-            path.rename(previous)
-        temporary.rename(path)
-        shutil.rmtree(previous, ignore_errors=True)
+        _replace(path, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -104,8 +104,39 @@ def recover_folder(path: str | Path) -> None:
     path = Path(path).resolve()
     previous = _previous(path)
     if previous.exists() and not path.exists():
-        previous.rename(path)
+        try:
+            previous.rename(path)
+        except OSError:
+            # A writer that lives has put the new folder there, or another reader the old one.
+            if not path.exists():
+                raise
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def _check_content(path: Path, marker: str) -> None:
+    names = sorted(file.name for file in path.iterdir()) if path.exists() else []
+    if names and not (path / marker).exists():
+        raise ConfigError(
+            f"{path} is not replaced: it has no {marker}, but {names[:5]}. Choose another folder, "
+            "or empty this one."
+        )
+
+
+def _replace(path: Path, new: Path) -> None:
+    previous = _previous(path)
+    for _ in range(_ATTEMPTS):
+        if path.exists():
+            path.rename(previous)
+        try:
+            new.rename(path)
+        except OSError:
+            # A reader between the two renames took this for a writer that was killed.
+            if not path.exists():
+                raise
+        else:
+            shutil.rmtree(previous, ignore_errors=True)
+            return
+    raise StorageError(f"{path} cannot be replaced: other processes keep restoring it.")
 
 
 @contextmanager

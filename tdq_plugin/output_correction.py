@@ -69,10 +69,10 @@ class OutputCorrection(Float32Module):
             raise ScaleError(
                 "The timesteps of a correction ascend, and its gains and offsets are finite."
             )
-        self.register_buffer("timesteps", timesteps.float())
-        self.register_buffer("output_gains", output_gains.float())
-        self.register_buffer("sample_gains", sample_gains.float())
-        self.register_buffer("offsets", offsets.float())
+        self.register_buffer("timesteps", timesteps.float().clone())
+        self.register_buffer("output_gains", output_gains.float().clone())
+        self.register_buffer("sample_gains", sample_gains.float().clone())
+        self.register_buffer("offsets", offsets.float().clone())
 
     def forward(self, output: Tensor, timestep: Tensor | float, sample: Tensor) -> Tensor:
         """The corrected output.

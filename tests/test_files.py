@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def write_file(path: Path, text: str) -> None:
 
 
 def write_folder(path: Path, text: str) -> None:
-    with atomic_folder(path) as temporary:
+    with atomic_folder(path, marker="first") as temporary:
         (temporary / "deep").mkdir()
         for name in ("first", "deep/second"):
             (temporary / name).write_text(text)
@@ -105,7 +106,7 @@ def test_an_error_in_the_block_changes_nothing(tmp_path: Path, existing: bool) -
     with pytest.raises(KeyboardInterrupt):
         write_half(atomic_file(file))
     with pytest.raises(KeyboardInterrupt):
-        write_half(atomic_folder(folder), "first")
+        write_half(atomic_folder(folder, marker="first"), "first")
     assert sorted(tmp_path.iterdir()) == before
     if existing:
         assert file.read_text() == "old"
@@ -138,7 +139,8 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 def test_a_full_disk_under_safetensors_tells_the_path(tmp_path: Path) -> None:
     tensors = {"weight": torch.zeros(100_000)}
-    for context, names in ((atomic_file, ()), (atomic_folder, ("weights",))):
+    folder = partial(atomic_folder, marker="weights")
+    for context, names in ((atomic_file, ()), (folder, ("weights",))):
         path = tmp_path / "model"
         with (
             pytest.raises(
@@ -169,6 +171,59 @@ def test_a_replacement_that_stopped_after_its_renames_is_kept(tmp_path: Path) ->
         recover(folder)
         assert read_folder(folder) == {"new"}
         assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_folder_with_other_content_is_not_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    write_folder(folder, "new")
+    (folder / "first").rename(folder / "notes")
+    message = r"has no first, but \['deep', 'notes'\]\. Choose another folder, or empty this one"
+    with pytest.raises(ConfigError, match=message):
+        write_folder(folder, "other")
+    assert (folder / "notes").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_reader_between_the_renames_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, original = tmp_path / "folder", Path.rename
+    write_folder(folder, "old")
+    seen = []
+
+    def rename(path: Path, target: Path) -> Path:
+        renamed = original(path, target)
+        if path == folder and not seen:
+            recover_folder(folder)
+            seen.append(read_folder(folder))
+        return renamed
+
+    monkeypatch.setattr(Path, "rename", rename)
+    write_folder(folder, "new")
+    assert seen == [{"old"}]
+    assert read_folder(folder) == {"new"}
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_reader_that_comes_too_late_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, original = tmp_path / "folder", Path.rename
+    write_folder(folder, "old")
+    folder.rename(tmp_path / ".folder.old")
+
+    def rename(path: Path, target: Path) -> Path:
+        # The writer's second rename comes between the reader's look and its rename.
+        monkeypatch.undo()
+        write_folder(tmp_path / "new", "new")
+        original(tmp_path / "new", folder)
+        return original(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    recover_folder(folder)
+    assert read_folder(folder) == {"new"}
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 WRITE_FOREVER = """
@@ -206,7 +261,7 @@ def test_what_a_link_points_to_is_replaced(tmp_path: Path) -> None:
     folder.mkdir()
     link.symlink_to(folder)
     for text in ("first", "second"):
-        with atomic_folder(link) as temporary:
+        with atomic_folder(link, marker="file") as temporary:
             (temporary / "file").write_text(text)
         with atomic_file(link / "other") as path:
             path.write_text(text)

@@ -191,6 +191,16 @@ def test_it_comes_back_bit_equal(tmp_path: Path, correction: tdq.OutputCorrectio
         assert torch.equal(loaded.state_dict()[key], value)
 
 
+def test_equal_tensors_may_be_the_same(tmp_path: Path) -> None:
+    ones, path = torch.ones(2, 1), tmp_path / "correction.safetensors"
+    offsets = torch.zeros(2, 1, 4, 4)
+    made = tdq.OutputCorrection(torch.tensor([1.0, 2.0]), ones, ones, offsets)
+    made.save(path)
+    offsets.add_(1)
+    assert not made.offsets.any()
+    assert torch.equal(tdq.load_correction(path).sample_gains, ones)
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     save_file({"timesteps": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"\x01")

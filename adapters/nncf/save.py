@@ -47,7 +47,7 @@ def save_quantized(model: nn.Module, folder: str | Path) -> None:
     }
     # Hooks that share a module share its tensors, which safetensors refuses.
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, marker=_JSON) as temporary:
         save_file(state, temporary / _TENSORS)
         (temporary / _JSON).write_text(json.dumps(content, indent=1) + "\n")
 

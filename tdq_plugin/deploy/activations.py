@@ -71,8 +71,9 @@ class _Quantizer(nn.Module):
 
     def int8_values(self, x: Tensor, reciprocal: Tensor, offset: Tensor) -> Tensor:
         # Rounded before the zero point is added, as the fake quantization that was trained:
-        # torch.quantize_per_tensor adds first and moves ties.
-        return x.mul(reciprocal).round_().add_(offset).clamp_(self.low, self.high)
+        # torch.quantize_per_tensor adds first and moves ties. A scale of shape `()` would leave the
+        # division in half precision.
+        return x.float().mul(reciprocal).round_().add_(offset).clamp_(self.low, self.high)
 
     def uint8_codes(self, int8_values: Tensor) -> Tensor:
         # By way of int8: the conversion from float to uint8 is five times slower.
@@ -88,7 +89,7 @@ class TableCodes(_Quantizer):
     """
 
     def forward(self, x: Tensor, row: QuantizerRow) -> Codes:
-        """Quantize a float32 activation with samples along dimension 0."""
+        """Quantize an activation with samples along dimension 0."""
         scale, reciprocal, offset, zero_point = row
         if scale.dim():
             reciprocal, offset = per_sample(reciprocal, x), per_sample(offset, x)
@@ -130,7 +131,7 @@ class DynamicValues(_Quantizer):
 def _dynamic_row(x: Tensor, grid: QuantizationGrid) -> QuantizerRow:
     """The row that fits the minimum and maximum of the whole of `x`."""
     # An empty batch has no limits.
-    low, high = x.aminmax() if x.numel() else x.new_zeros(2)
+    low, high = x.float().aminmax() if x.numel() else x.new_zeros(2)
     scale, zero_point = affine_range(low.clamp(max=0), high.clamp(min=0), grid)
     code = (zero_point + uint8_shift(grid)).to(torch.int32)
     return QuantizerRow(scale, 1 / scale, zero_point - int8_shift(grid), code)

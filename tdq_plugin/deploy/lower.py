@@ -28,7 +28,7 @@ from tdq_plugin.errors import AdapterError, LookupRuleError
 from tdq_plugin.freeze import frozen_bank
 from tdq_plugin.graph.compute import is_layer
 from tdq_plugin.graph.timestep_node import find_timestep_node, timestep_input
-from tdq_plugin.graph.timestep_path import Source, sources
+from tdq_plugin.graph.timestep_path import Source, sample_input, sources
 from tdq_plugin.options import check_option
 from tdq_plugin.quantizer import ActivationQuantizer
 from tdq_plugin.scales.frozen import FrozenBank
@@ -257,9 +257,8 @@ def _insert_lookup(
 
 def _lookup_nodes(timesteps: fx.Node) -> tuple[fx.Node, fx.Node]:
     graph = timesteps.graph
-    sample = next(n for n in graph.find_nodes(op="placeholder") if n is not timesteps.args[0])
     with graph.inserting_after(timesteps):
-        lookup = graph.call_module(LOOKUP, (timesteps, sample))
+        lookup = graph.call_module(LOOKUP, (timesteps, sample_input(graph)))
     with graph.inserting_after(lookup):
         values = graph.call_function(operator.getitem, (lookup, 1))
         return graph.call_function(operator.getitem, (lookup, 0)), values

@@ -58,7 +58,7 @@ def save_int8(
         **asdict(description),
         "extra": extra or {},
     }
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, marker=_JSON) as temporary:
         save_file(_state(model, description), temporary / _WEIGHTS)
         bank.table.save(temporary / _TABLE)
         (temporary / _JSON).write_text(json.dumps(content, indent=1) + "\n")

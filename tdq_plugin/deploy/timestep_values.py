@@ -19,21 +19,22 @@ class TimestepValues(nn.Module):
     Args:
         table: Shape `(T, total)`; the values side by side.
         shapes: Shape of each value without its batch dimension.
+        dtypes: Dtype of each value; the table has the widest.
     """
 
     table: Tensor
 
-    def __init__(self, table: Tensor, shapes: list[Size]) -> None:
+    def __init__(self, table: Tensor, shapes: list[Size], dtypes: list[torch.dtype]) -> None:
         super().__init__()
         self.register_buffer("table", table)
-        self.shapes = shapes
+        self.shapes, self.dtypes = shapes, dtypes
         self.lengths = [shape.numel() for shape in shapes]
 
     def forward(self, index: Tensor, batch: int) -> list[Tensor]:
         """The values at the rows `index`, shape `(1,)` or `(batch,)`, for a whole batch."""
         rows = self.table.index_select(0, index).expand(batch, -1)
-        pieces = zip(rows.split(self.lengths, dim=1), self.shapes, strict=True)
-        return [piece.view(batch, *shape) for piece, shape in pieces]
+        pieces = zip(rows.split(self.lengths, dim=1), self.shapes, self.dtypes, strict=True)
+        return [piece.view(batch, *shape).to(dtype) for piece, shape, dtype in pieces]
 
 
 def boundary_nodes(graph: fx.Graph) -> list[fx.Node]:
@@ -75,7 +76,8 @@ def tabulate(
                 "cannot be tabulated. Pass cache_timestep_path=False."
             )
     rows = [_side_by_side(path.values(t)) for t in timesteps.split(1)]
-    return TimestepValues(torch.cat(rows), [value.shape[1:] for value in pair])
+    shapes, dtypes = [v.shape[1:] for v in pair], [v.dtype for v in pair]
+    return TimestepValues(torch.cat(rows), shapes, dtypes)
 
 
 def _side_by_side(values: list[Tensor]) -> Tensor:

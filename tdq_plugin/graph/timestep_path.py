@@ -8,7 +8,7 @@ from torch import fx
 from tdq_plugin.graph.timestep_node import find_timestep_node
 from tdq_plugin.sample_argument import find_sample_argument
 
-__all__ = ["Source", "sees_samples", "sources"]
+__all__ = ["Source", "sample_input", "sees_samples", "sources"]
 
 _SHAPE_ATTRIBUTES = {"shape", "dtype", "device"}
 _SHAPE_METHODS = {"size", "dim", "numel"}
@@ -28,22 +28,28 @@ def sees_samples(depends: Source) -> bool:
     return Source.SAMPLE in depends or Source.TIMESTEP not in depends
 
 
+def sample_input(graph: fx.Graph) -> fx.Node | None:
+    """The sample among the graph's inputs, by `find_sample_argument`; None without inputs."""
+    timesteps = find_timestep_node(graph)
+    raw = timesteps.args[0] if timesteps is not None else None
+    inputs = {str(n.target): n for n in graph.find_nodes(op="placeholder") if n is not raw}
+    name = find_sample_argument(inputs)
+    return None if name is None else inputs[name]
+
+
 def sources(graph: fx.Graph) -> dict[fx.Node, Source]:
     """What each node depends on; the shape of a tensor counts as nothing.
 
-    The sample is found by `find_sample_argument`; further inputs are conditions, such as class
-    labels or text embeddings.
+    Inputs beside the sample are conditions, such as class labels or text embeddings.
     """
-    timesteps = find_timestep_node(graph)
+    timesteps, sample = find_timestep_node(graph), sample_input(graph)
     raw = timesteps.args[0] if timesteps is not None else None
-    inputs = [node.target for node in graph.find_nodes(op="placeholder") if node is not raw]
-    sample = find_sample_argument(inputs)
     found: dict[fx.Node, Source] = {}
     for node in graph.nodes:
         if node in (raw, timesteps):
             found[node] = Source.TIMESTEP
         elif node.op == "placeholder":
-            found[node] = Source.SAMPLE if node.target == sample else Source.CONDITION
+            found[node] = Source.SAMPLE if node is sample else Source.CONDITION
         elif _reads_shape(node):
             found[node] = Source.NOTHING
         else:

@@ -1,6 +1,7 @@
 """The state of a reconstruction between two blocks."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -16,6 +17,7 @@ from tdq_plugin.errors import ConfigError, TableFormatError
 from tdq_plugin.files import atomic_file
 from tdq_plugin.reconstruct.config import ReconstructionConfig
 from tdq_plugin.reconstruct.rounded_layers import RoundedLayers
+from tdq_plugin.weights import WeightQuantizer
 
 __all__ = ["Checkpoint"]
 
@@ -94,6 +96,12 @@ def _belongs_to(model: nn.Module, config: ReconstructionConfig) -> dict[str, str
         "configuration": json.dumps(asdict(config)),
         "scale bank": f"{type(bank).__name__}({bank.extra_repr()})",
         "set of quantizers": json.dumps({name: asdict(grid) for name, grid in names}),
+        "set of weight quantizers": json.dumps(
+            {
+                path: asdict(module.grid) if module.enabled else None
+                for path, module in _weight_quantizers(model)
+            }
+        ),
         "weights": _digest(model),
     }
 
@@ -104,7 +112,16 @@ def _digest(model: nn.Module) -> str:
         if not name.startswith("scale_bank."):
             digest.update(name.encode())
             digest.update(_bytes(parameter))
+    for _, quantizer in _weight_quantizers(model):
+        digest.update(_bytes(quantizer.base_scale))
+        digest.update(_bytes(quantizer.zero_point))
     return digest.hexdigest()
+
+
+def _weight_quantizers(model: nn.Module) -> Iterator[tuple[str, WeightQuantizer]]:
+    for path, module in model.named_modules():
+        if isinstance(module, WeightQuantizer):
+            yield path, module
 
 
 def _bytes(tensor: Tensor) -> Any:

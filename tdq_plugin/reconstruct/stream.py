@@ -8,6 +8,7 @@ from torch import Tensor, fx
 
 from tdq_plugin.errors import AdapterError
 from tdq_plugin.graph.timestep_node import find_timestep_node
+from tdq_plugin.graph.timestep_path import sample_input
 from tdq_plugin.reconstruct.blocks import Block, run_block
 from tdq_plugin.reconstruct.collect import CalibrationSet
 
@@ -72,8 +73,8 @@ def _bind(graph: fx.Graph, data: CalibrationSet) -> dict[fx.Node, Tensor]:
     normalised = find_timestep_node(graph)
     timestep = normalised.args[0] if normalised is not None else None
     placeholders = graph.find_nodes(op="placeholder")
-    sample = next(node for node in placeholders if node is not timestep)
-    bound = {sample: data.samples}
+    sample = sample_input(graph)
+    bound = {} if sample is None else {sample: data.samples}
     if isinstance(timestep, fx.Node):
         bound[timestep] = data.timesteps
     conditions = {str(node.target): node for node in placeholders if node not in bound}

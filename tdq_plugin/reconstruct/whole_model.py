@@ -2,11 +2,13 @@
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tdq_plugin.evaluation_mode import evaluation_mode
 from tdq_plugin.hooks import argument_names
 from tdq_plugin.reconstruct.collect import CalibrationSet, first_tensor
 from tdq_plugin.reconstruct.switches import quantization
@@ -26,7 +28,8 @@ def whole_model_objective(
         model: An attached model.
         data: Its inputs.
         reference: The float model; by default the model with its quantizers off. It is called by
-            the model's names of the sample and the timestep if it has both, else by position.
+            the model's names of the sample and the timestep if it has both, else by position. A
+            module runs in evaluation mode.
 
     Raises:
         AdapterError: The model's scales do not travel by hooks, or its forward has no argument for
@@ -39,9 +42,10 @@ def whole_model_objective(
         conditions = {name: value[index] for name, value in data.conditions.items()}
         return [first_tensor(denoiser(data.samples[index], data.timesteps[index], **conditions))]
 
+    evaluated = evaluation_mode(reference) if isinstance(reference, nn.Module) else nullcontext()
     if reference is not None and _has_arguments(reference, names):
         reference = _by_name(reference, names)
-    with quantization(model, enabled=False):
+    with quantization(model, enabled=False), evaluated:
         target = _outputs(reference or denoiser, data)
     return Objective("network", run, [target], data.timesteps)
 

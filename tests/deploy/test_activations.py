@@ -45,6 +45,19 @@ def test_codes_and_values_are_bit_equal_to_fake_quantization(grid, scale):
     assert torch.equal(TableValues(grid)(x, row(grid, scale, zero)), floats)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [torch.tensor(0.037), torch.tensor([0.037, 1.7, 0.25])])
+def test_half_precision_is_quantized_in_float32(dtype, scale):
+    grid, zero = activation_grid(8), torch.tensor(117.0)
+    x = values_with_ties(grid, scale).clamp(-1e4, 1e4).to(dtype)
+    entry = row(grid, scale, zero)
+    expected = TableCodes(grid)(x.float(), entry).values
+    assert torch.equal(TableCodes(grid)(x, entry).values, expected)
+    assert torch.equal(TableValues(grid)(x, entry), TableValues(grid)(x.float(), entry))
+    assert torch.equal(DynamicCodes(grid)(x).values, DynamicCodes(grid)(x.float()).values)
+    assert torch.equal(DynamicValues(grid)(x), DynamicValues(grid)(x.float()))
+
+
 def test_torch_quantize_per_tensor_would_not_be_bit_equal():
     grid, scale, zero = activation_grid(8), torch.tensor(0.037), torch.tensor(117.0)
     x = values_with_ties(grid, scale)

@@ -361,6 +361,28 @@ def test_a_timestep_path_that_is_no_table_is_refused(network, message):
     torch.testing.assert_close(lowered(SAMPLE, 250), model(SAMPLE, 250), rtol=1e-5, atol=1e-4)
 
 
+class Branching(nn.Module):
+    """Values of the timestep path that are no floats: a mask, and an index into a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early, self.late = (nn.Conv2d(1, 1, 3, padding=1) for _ in range(2))
+        self.shift = nn.Parameter(torch.arange(4.0))
+
+    def forward(self, sample, timestep):
+        late = (timestep > 450)[:, None, None, None]
+        index = (timestep // 300).long()
+        mixed = torch.where(late, self.late(sample), self.early(sample))
+        return mixed + self.shift[index].reshape(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("timestep", [250, MIXED])
+def test_a_timestep_path_keeps_its_dtypes(timestep):
+    model = frozen(model=Branching())
+    computed = lower_to_int8(model, cache_timestep_path=False)
+    assert torch.equal(lower_to_int8(model)(SAMPLE, timestep), computed(SAMPLE, timestep))
+
+
 def test_a_quantizer_that_is_switched_off(model):
     switched = copy.deepcopy(model)
     dict(tdq.named_quantizers(switched))["conv_in.input"].mode = "off"

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
@@ -13,6 +15,7 @@ from tdq_plugin.reconstruct import (
 )
 from tdq_plugin.reconstruct.blocks import run_block
 from tdq_plugin.reconstruct.stream import Stream
+from tdq_plugin.weights import WeightQuantizer
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +169,26 @@ def test_a_checkpoint_of_other_bits_is_refused(calibrated, clone, data, tmp_path
         reconstruct(clone(calibrated(8, 8)), data, config, checkpoint=checkpoint)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_checkpoint_of_other_weight_quantizers_is_refused(
+    calibrated, clone, data, tmp_path, bits
+):
+    config, checkpoint = ReconstructionConfig(iterations=1), tmp_path / "scales.safetensors"
+    model = calibrated(4, 8)
+    reconstruct(clone(model), data, config, checkpoint=checkpoint)
+    other = clone(calibrated(4, bits))
+    if bits == 8:
+        for module in other.modules():
+            if isinstance(module, WeightQuantizer):
+                module.set_scale(module.scale.detach() * 2)
+    message = "was written from other weights" if bits == 8 else "another set of weight quantizers"
+    before = copy.deepcopy(tdq.scale_bank(other).state_dict())
+    with pytest.raises(ConfigError, match=message):
+        reconstruct(other, data, config, checkpoint=checkpoint)
+    for key, value in tdq.scale_bank(other).state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
 def test_a_checkpoint_of_other_weights_is_refused(model, data, tmp_path):
     config, checkpoint = ReconstructionConfig(iterations=1), tmp_path / "scales.safetensors"
     reconstruct(model, data, config, checkpoint=str(checkpoint))
@@ -217,6 +240,31 @@ def test_conditions_reach_the_model(conditioned_data, granularity):
     bare = CalibrationSet(data.samples, data.timesteps)
     with pytest.raises(AdapterError, match=r"has the inputs \['label'\].*the conditions \[\]"):
         reconstruct(prepared, bare, ReconstructionConfig(granularity, iterations=1))
+
+
+class LabelFirst(Conditioned):
+    def forward(self, label, sample, timestep):
+        return super().forward(sample, timestep, label)
+
+
+@pytest.mark.parametrize("granularity", ["block", "network"])
+def test_a_condition_may_come_before_the_sample(conditioned_data, granularity):
+    data, network = conditioned_data, LabelFirst().eval()
+    example = data.conditions["label"][:2], data.samples[:2], data.timesteps[:2]
+    graph = tdq.trace(network, example)
+    mapping = tdq_qconfig_mapping(graph, 3, 8, first_last_bits=None)
+    prepared = prepare_qat_fx(graph, mapping, example, backend_config=tdq_backend_config())
+    tdq.attach(prepared).eval()
+    everything = data.conditions["label"], data.samples, data.timesteps
+    tdq.calibrate(prepared, [everything], warm_start=False)
+
+    def error():
+        with torch.no_grad():
+            return float((prepared(*everything) - network(*everything)).square().mean())
+
+    before = error()
+    reconstruct(prepared, data, ReconstructionConfig(granularity, iterations=100, batch_size=16))
+    assert error() < 0.9 * before
 
 
 class TopLevelHeads(torch.nn.Module):

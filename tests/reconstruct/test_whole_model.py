@@ -8,6 +8,7 @@ import tdq_plugin as tdq
 from tdq_plugin.adapters.torch_ao import quantize_eager
 from tdq_plugin.errors import AdapterError
 from tdq_plugin.reconstruct import CalibrationSet, ReconstructionConfig, reconstruct
+from tdq_plugin.reconstruct.whole_model import whole_model_objective
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,22 @@ def test_the_model_without_quantizers_is_the_default_reference(model, unet, data
     assert losses == pytest.approx(reconstruct(twin, data, config, reference=unet), rel=1e-4)
     elsewhere = reconstruct(model, data, config, reference=lambda x, t: torch.ones_like(x))
     assert elsewhere != pytest.approx(losses, rel=0.5)
+
+
+def test_a_reference_in_training_mode_has_no_dropout(model, data):
+    class Dropped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dropout = nn.Dropout(0.5)
+
+        def forward(self, sample, timestep):
+            return self.dropout(sample)
+
+    reference = Dropped()
+    (target,) = whole_model_objective(model, data, reference).targets
+    assert torch.equal(target, data.samples)
+    assert reference.training
+    assert reference.dropout.training
 
 
 class TimestepFirst(nn.Module):

@@ -133,6 +133,8 @@ class OpenVINOModel:
             model = self.model.clone()
             model.reshape(dict(enumerate(map(ov.PartialShape, shapes))))
             self._compiled[shapes] = ov.Core().compile_model(model, "CPU", self.properties)
+        # The sizes stand in the order of their last use.
+        self._compiled[shapes] = self._compiled.pop(shapes)
         return self._compiled[shapes]
 
 

@@ -45,7 +45,7 @@ def save_openvino(
         "report": asdict(model.report),
         "extra": dict(extra or {}),
     }
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, marker=_JSON) as temporary:
         # 16-bit constants would move scales by up to 5e-4.
         ov.save_model(model.model, temporary / _MODEL, compress_to_fp16=False)
         model.bank.table.save(temporary / _TABLE)

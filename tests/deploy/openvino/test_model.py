@@ -62,6 +62,11 @@ def test_few_batch_sizes_are_remembered(tiny, monkeypatch):
     assert len(model._compiled) == 2
     again = model(SAMPLE[:1], 250)
     torch.testing.assert_close(again, outputs[0])
+    # 3 is the older of 3 and 1, until it is used once more.
+    model(SAMPLE[:3], 250)
+    compiled = {shapes[0][0]: value for shapes, value in model._compiled.items()}
+    model(SAMPLE[:2], 250)
+    assert next(iter(model._compiled.values())) is compiled[3]
 
 
 def test_properties_reach_openvino(tiny, tmp_path):
