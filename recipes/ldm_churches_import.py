@@ -47,7 +47,7 @@ def plan(config: ImportConfig, architecture: Callable[[], LDMPipeline] = churche
 def run(config: ImportConfig, architecture: Callable[[], LDMPipeline] = churches_pipeline) -> Path:
     """Write the pipeline; return its folder, which other recipes take as `model`."""
     pipeline = _imported(config, architecture)
-    with atomic_folder(config.run_folder) as temporary:
+    with atomic_folder(config.run_folder, marker="model_index.json") as temporary:
         pipeline.save_pretrained(temporary)
     return config.run_folder
 

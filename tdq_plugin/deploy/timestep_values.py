@@ -34,7 +34,9 @@ class TimestepValues(nn.Module):
         """The values at the rows `index`, shape `(1,)` or `(batch,)`, for a whole batch."""
         rows = self.table.index_select(0, index).expand(batch, -1)
         pieces = zip(rows.split(self.lengths, dim=1), self.shapes, self.dtypes, strict=True)
-        return [piece.view(batch, *shape).to(dtype) for piece, shape, dtype in pieces]
+        values = [(piece.view(batch, *shape), dtype) for piece, shape, dtype in pieces]
+        # OpenVINO would see a conversion that changes nothing.
+        return [value if value.dtype == dtype else value.to(dtype) for value, dtype in values]
 
 
 def boundary_nodes(graph: fx.Graph) -> list[fx.Node]:
