@@ -5,7 +5,7 @@ from enum import Flag, auto
 import torch
 from torch import fx
 
-from tdq_plugin.graph.timestep_node import find_timestep_node
+from tdq_plugin.graph.timestep_node import find_timestep_node, timestep_input
 from tdq_plugin.sample_argument import find_sample_argument
 
 __all__ = ["Source", "sample_input", "sees_samples", "sources"]
@@ -30,10 +30,9 @@ def sees_samples(depends: Source) -> bool:
 
 def sample_input(graph: fx.Graph) -> fx.Node | None:
     """The sample among the graph's inputs, by `find_sample_argument`; None without inputs."""
-    timesteps = find_timestep_node(graph)
-    raw = timesteps.args[0] if timesteps is not None else None
-    inputs = {str(n.target): n for n in graph.find_nodes(op="placeholder") if n is not raw}
-    name = find_sample_argument(inputs)
+    timestep = timestep_input(graph)
+    inputs = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
+    name = find_sample_argument(name for name in inputs if name != timestep)
     return None if name is None else inputs[name]
 
 
