@@ -113,12 +113,13 @@ def load_float_model(name: str | Path, key: str = "model") -> FloatModel:
 
     Raises:
         ConfigError: There is no such pipeline, its networks are not of these kinds or do not fit
-            together, it predicts something else than the noise, or its sampler's timesteps are
-            not at equal distances from 0.
+            together, it predicts something else than the noise, its scheduler has no betas, or the
+            sampler's timesteps are not at equal distances from 0.
     """
     try:
         pipeline = DiffusionPipeline.from_pretrained(str(name))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
+        # An AttributeError is a pipeline that this release of diffusers does not know.
         raise ConfigError(
             f"{key} = {str(name)!r} is neither the folder of a saved diffusers pipeline nor a "
             f"repository that can be downloaded ({str(error).splitlines()[0]}). "
@@ -130,13 +131,32 @@ def load_float_model(name: str | Path, key: str = "model") -> FloatModel:
             f"{key} = {str(name)!r} is a {type(pipeline).__name__} with a {type(unet).__name__}; "
             "this recipe takes a pipeline with a UNet2DModel, such as google/ddpm-cifar10-32."
         )
-    predicts = pipeline.scheduler.config.prediction_type
+    return FloatModel(unet.eval(), _scheduler(name, key), _autoencoder(name, pipeline, key))
+
+
+def _scheduler(name: str | Path, key: str) -> DDIMScheduler:
+    """DDIM for the diffusion process of a saved pipeline, from its file.
+
+    Not from the pipeline: a DDIMPipeline makes a DDIM of every scheduler, also of those that know
+    no betas.
+    """
+    try:
+        config = DDIMScheduler.load_config(str(name), subfolder="scheduler")
+    except OSError:
+        # Early repositories, such as google/ddpm-cifar10-32, have no folders.
+        config = DDIMScheduler.load_config(str(name))
+    if "beta_schedule" not in config:
+        raise ConfigError(
+            f"{key} = {str(name)!r} has a {config.get('_class_name')} without beta_schedule; this "
+            "recipe takes models of DDPM's diffusion process, such as google/ddpm-cifar10-32."
+        )
+    predicts = config.get("prediction_type", "epsilon")
     if predicts != "epsilon":
         raise ConfigError(
             f"{key} = {str(name)!r} predicts {predicts!r}; this recipe takes models that predict "
             "the noise (prediction_type='epsilon')."
         )
-    spacing = pipeline.scheduler.config.get("timestep_spacing", "leading")
+    spacing = config.get("timestep_spacing", "leading")
     if spacing != "leading":
         raise ConfigError(
             f"{key} = {str(name)!r} has a scheduler with timestep_spacing={spacing!r}; the recipes "
@@ -145,8 +165,8 @@ def load_float_model(name: str | Path, key: str = "model") -> FloatModel:
         )
     # DDIM (arXiv 2010.02502) does not clip. Near pure noise, a quantization error of the noise is
     # a hundredfold error of the image, which clipping turns from zero mean into a shift.
-    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
-    return FloatModel(unet.eval(), scheduler, _autoencoder(name, pipeline, key))
+    scheduler: DDIMScheduler = DDIMScheduler.from_config(config, clip_sample=False)
+    return scheduler
 
 
 def _autoencoder(

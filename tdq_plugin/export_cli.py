@@ -1,5 +1,6 @@
 """`tdq export`: a saved model for other runtimes."""
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["architecture", "export"]
 
 export = typer.Typer(help="Convert a saved model for another runtime.", no_args_is_help=True)
+CORRECTION = "output_correction.safetensors"
 
 
 @export.command()
@@ -21,7 +23,7 @@ def openvino(
     model: Annotated[Path, typer.Argument(help="The folder `model` of a recipe's results.")],
     folder: Annotated[Path, typer.Argument(help="The folder to create or replace.")],
 ) -> None:
-    """Write an int8 UNet for OpenVINO, with its scheduler."""
+    """Write an int8 UNet for OpenVINO, with its scheduler and its output correction."""
     try:
         from diffusers import DDIMScheduler
     except ModuleNotFoundError as error:
@@ -38,11 +40,16 @@ def openvino(
     size = unet.config.sample_size
     example = torch.zeros(2, unet.config.in_channels, size, size), torch.zeros(2)
     converted = to_openvino(load_int8(model / "int8", unet, example), example)
+    corrected = (model / CORRECTION).exists()
     with atomic_folder(folder, marker="scheduler/scheduler_config.json") as temporary:
         OVDenoiser(converted, unet.config).save(temporary / "unet")
         DDIMScheduler.from_pretrained(model / "scheduler").save_pretrained(temporary / "scheduler")
+        if corrected:
+            shutil.copy(model / CORRECTION, temporary / CORRECTION)
     typer.echo(converted.report)
     typer.echo(f"The model is in {folder}")
+    if corrected:
+        typer.echo(f"Its output correction, which the UNet does not apply, is {CORRECTION} there.")
 
 
 def architecture(model: Path) -> "UNet2DModel":

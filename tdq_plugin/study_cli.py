@@ -41,9 +41,15 @@ def study(
         raise ConfigError(f"A study needs {error.name}. {INSTALL.format('recipes')}.") from None
     quick = f"-{samples}samples" if samples else ""
     folder = output or Path("runs") / f"study-{Path(name).stem}{quick}"
+    if report and part:
+        raise ConfigError(
+            f"--part {' --part '.join(part)} with --report: the report has every part, with what "
+            "is finished of it. Leave --part out."
+        )
     chosen = Study(name, folder, samples, results)
+    parts = part or list(chosen.definition.parts)
     if list_parts:
-        for line in chosen.overview(jobs):
+        for line in chosen.overview(parts, jobs):
             typer.echo("{:12} {}. Finished: {} runs; the others take {}.".format(*line))
         return
     require_writable("--output", folder)
@@ -51,7 +57,6 @@ def study(
     if report:
         typer.echo(f"The report is in {chosen.report()}")
     else:
-        parts = part or list(chosen.definition.parts)
         failures = chosen.run(parts, jobs, typer.echo)
         if failures:
             raise ConfigError(

@@ -110,7 +110,17 @@ class SampleQuality:
 
 
 def as_bytes(images: Tensor) -> Tensor:
-    """Images in [-1, 1] as a file would hold them: 0 to 255, three channels or more."""
+    """Images in [-1, 1] as a file would hold them: 0 to 255, three channels or more.
+
+    Raises:
+        ConfigError: A pixel is not finite; as a byte it would be grey or black.
+    """
+    broken = int((~images.isfinite()).flatten(1).any(dim=1).sum())
+    if broken:
+        raise ConfigError(
+            f"{broken} of {len(images)} images have pixels that are not finite. "
+            "Look at the samples: the model that drew them has probably diverged."
+        )
     pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
 

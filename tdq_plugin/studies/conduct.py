@@ -1,13 +1,11 @@
 """List the parts of a study, do what is missing, and write the report."""
 
-import json
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from tdq_plugin.studies.comparisons import check_comparisons
-from tdq_plugin.studies.definition import StudyDefinition, load_study
+from tdq_plugin.studies.definition import RunSpec, StudyDefinition, load_study
 from tdq_plugin.studies.execution import (
     PlannedRun,
     duration,
@@ -19,7 +17,7 @@ from tdq_plugin.studies.execution import (
 from tdq_plugin.studies.records import load_record, save_record
 from tdq_plugin.studies.report import PartResults, write_study
 from tdq_plugin.studies.results import FinishedRun
-from tdq_plugin.studies.run_folder import load_run
+from tdq_plugin.studies.run_folder import load_run, read_report
 
 __all__ = ["Study"]
 
@@ -45,11 +43,11 @@ class Study:
         self, name: str, output: Path, samples: int | None = None, results: Path | None = None
     ) -> None:
         self.name, self.output = Path(name).stem, output
-        self.results = results or output
-        self.definition: StudyDefinition = load_study(name, samples)
+        self.results, self.samples = results or output, samples
+        self.definition: StudyDefinition = load_study(name)
         for key, part in self.definition.parts.items():
             self.planned(key)
-            check_comparisons(key, part, self.definition.runs(key, output))
+            check_comparisons(key, part, self._specs(key))
 
     def planned(self, part: str) -> list[PlannedRun]:
         """The runs of a part.
@@ -57,16 +55,22 @@ class Study:
         Raises:
             ConfigError: There is no such part.
         """
-        specs = self.definition.runs(part, self.output)
         records = self.results / f"{self.name}-runs"
-        runs = [plan_run(self.definition, spec, records) for spec in specs]
+        runs = [plan_run(self.definition, spec, records) for spec in self._specs(part)]
         needed = {name for run in runs if not run.finished for name in run.spec.needs}
         return [replace(run, finished=run.here) if run.spec.name in needed else run for run in runs]
 
-    def overview(self, jobs: int) -> list[tuple[str, str, str, str]]:
-        """For each part its name, its title, finished runs, and the time that the others take."""
+    def _specs(self, part: str) -> list[RunSpec]:
+        return self.definition.runs(part, self.output, self.samples)
+
+    def overview(self, parts: Sequence[str], jobs: int) -> list[tuple[str, str, str, str]]:
+        """For each part its name, its title, finished runs, and the time that the others take.
+
+        Raises:
+            ConfigError: There is no such part.
+        """
         lines = []
-        for name, (runs, missing) in self._missing(self.definition.parts).items():
+        for name, (runs, missing) in self._missing(parts).items():
             finished = f"{sum(run.finished for run in runs)} of {len(runs)}"
             lines.append((name, self.definition.parts[name].title, finished, _time(missing, jobs)))
         return lines
@@ -140,14 +144,10 @@ def _recorded(run: PlannedRun) -> FinishedRun:
     """
     kept = load_record(run.record) if run.record.exists() else None
     # Images are read, and records written, only once: the same record may have other bytes.
-    if kept is not None and not (run.here and _report(run) != kept.report):
+    if kept is not None and not (run.here and read_report(run.folder) != kept.report):
         return kept
     save_record(run.record, load_run(run.folder))
     return load_record(run.record)
-
-
-def _report(run: PlannedRun) -> Any:
-    return json.loads((run.folder / "report.json").read_text())
 
 
 def _time(runs: Sequence[PlannedRun], jobs: int) -> str:

@@ -15,6 +15,7 @@ from tdq_plugin.recipes.config import RECIPES, Section, load_config
 __all__ = ["STUDIES", "Part", "RunGroup", "RunSpec", "StudyDefinition", "load_study"]
 
 FOLDER = Path(__file__).parent / "definitions"
+SAMPLES = "evaluation.samples"
 STUDIES = tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
 FigureName = Literal[
     "distances",
@@ -67,13 +68,23 @@ class RunGroup(Section):
     vary: dict[str, list[Any]] = Field(default={})
     needs: list[str] = Field(default=[])
 
-    def expand(self, common: dict[str, Any], runs: Path) -> list[RunSpec]:
-        """All runs, below the folder `runs`; `common` are settings that the group can replace."""
+    def expand(
+        self, common: dict[str, Any], runs: Path, samples: int | None = None
+    ) -> list[RunSpec]:
+        """All runs.
+
+        Args:
+            common: Settings that the group can replace.
+            runs: The folder of the runs.
+            samples: Images per row, whatever the settings say, if the recipe draws any.
+        """
+        fixed = {} if samples is None or not _draws(self.recipe) else {SAMPLES: samples}
         specs = []
         for values in itertools.product(*self.vary.values()):
             chosen = dict(zip(self.vary, values, strict=True))
             name = _filled_in(self.name, chosen)
-            settings = common | self.settings | chosen | {"name": name, "output": str(runs)}
+            settings = common | self.settings | chosen | fixed
+            settings |= {"name": name, "output": str(runs)}
             settings = {key: _with_folders(value, runs) for key, value in settings.items()}
             specs.append(
                 RunSpec(recipe=self.recipe, name=name, settings=settings, needs=self.needs)
@@ -134,23 +145,31 @@ class StudyDefinition(Section):
     costs: dict[str, Cost]
     parts: dict[str, Part] = Field(min_length=1)
 
-    def runs(self, part: str, folder: Path) -> list[RunSpec]:
+    def runs(self, part: str, folder: Path, samples: int | None = None) -> list[RunSpec]:
         """The runs of a part, below `folder`.
+
+        Args:
+            part: Its name.
+            folder: The folder of the runs.
+            samples: Replaces `evaluation.samples` of all runs that draw images.
 
         Raises:
             ConfigError: There is no such part.
         """
         if part not in self.parts:
             raise ConfigError(f"part = {part!r} is none of {', '.join(self.parts)}.")
-        return _runs(self.parts[part], self.settings, folder)
+        groups = self.parts[part].runs
+        specs = (
+            group.expand(self.settings.get(group.recipe, {}), folder, samples) for group in groups
+        )
+        return list(itertools.chain.from_iterable(specs))
 
 
-def load_study(name: str, samples: int | None = None) -> StudyDefinition:
+def load_study(name: str) -> StudyDefinition:
     """Read a study's definition.
 
     Args:
         name: One of `STUDIES`, or a path to a YAML file.
-        samples: Replaces `evaluation.samples` of all recipes.
 
     Raises:
         ConfigError: There is no such study, a key is unknown, or a value is not valid.
@@ -170,13 +189,7 @@ def load_study(name: str, samples: int | None = None) -> StudyDefinition:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}.") from error
     _check(definition)
-    if samples is None:
-        return definition
-    settings = {
-        recipe: values | ({"evaluation.samples": samples} if "evaluation.samples" in values else {})
-        for recipe, values in definition.settings.items()
-    }
-    return definition.model_copy(update={"settings": settings})
+    return definition
 
 
 def _check(definition: StudyDefinition) -> None:
@@ -211,9 +224,9 @@ def _check_recipes(definition: StudyDefinition) -> None:
         raise ConfigError(f"settings: no part runs {unused}, but {sorted(used)}.")
 
 
-def _runs(part: Part, settings: dict[str, dict[str, Any]], folder: Path) -> list[RunSpec]:
-    specs = (group.expand(settings.get(group.recipe, {}), folder) for group in part.runs)
-    return list(itertools.chain.from_iterable(specs))
+def _draws(recipe: str) -> bool:
+    evaluation = getattr(find_recipe(recipe).configure(), "evaluation", None)
+    return hasattr(evaluation, "samples")
 
 
 def _filled_in(name: str, values: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import geometric_mean
+from statistics import geometric_mean, median
 
 import torch
 from torch import Tensor
@@ -31,13 +31,13 @@ __all__ = [
 
 
 def distance_dots(
-    groups: Mapping[str, Mapping[str, Sequence[float]]], floors: Mapping[str, float]
+    groups: Mapping[str, Mapping[str, Sequence[float]]], floors: Mapping[str, float | None]
 ) -> bytes:
     """Draw every draw of every method as a dot on a log axis, one panel per group, 4 in a row.
 
     Args:
         groups: For each group the draws of each method.
-        floors: The noise floor of each group.
+        floors: The noise floor of each group, where it was measured.
     """
     methods = list(dict.fromkeys(name for draws in groups.values() for name in draws))
     colours = method_colours(methods)
@@ -54,7 +54,9 @@ def distance_dots(
         for method, values in draws.items():
             row = [methods.index(method)] * len(values)
             axes.plot(list(values), row, "o", ms=6, color=colours[method], alpha=0.8)
-        axes.axvline(floors[group], color=MUTED, lw=1, ls=":")
+        floor = floors[group]
+        if floor is not None:
+            axes.axvline(floor, color=MUTED, lw=1, ls=":")
         axes.set_title(group, loc="left", fontsize=10)
         axes.set(xscale="log", ylim=(len(methods) - 0.5, -0.5))
         plain_ticks(axes.xaxis)
@@ -81,7 +83,7 @@ def lines_over_steps(
     figure, (axes,) = subplots(1, 1, 7.2, 3.6)
     for method, draws in curves.items():
         steps = sorted(draws)
-        middle = [torch.tensor(draws[step]).median().item() for step in steps]
+        middle = [median(draws[step]) for step in steps]
         colour = INK if method == "float32" else colours[method]
         axes.plot(steps, middle, "o-", ms=4, lw=1.8, color=colour, label=method)
         for step in steps:

@@ -1,7 +1,8 @@
 """The figures that a part of a study can ask for, by name."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,7 +20,7 @@ from tdq_plugin.studies.drawings import (
 from tdq_plugin.studies.results import FinishedRun, Group, Method, row_name
 from tdq_plugin.study.figures import error_over_timesteps, sample_grid
 
-__all__ = ["FIGURES", "FigureMaker"]
+__all__ = ["FIGURES", "FigureMaker", "labelled"]
 
 Kept = TypeVar("Kept")
 FigureMaker = Callable[[Sequence[Group], Sequence[FinishedRun]], list[Picture]]
@@ -30,11 +31,11 @@ REFERENCE = "static LSQ"
 def distances(groups: Sequence[Group], runs: Sequence[FinishedRun]) -> list[Picture]:
     """Every draw's Fréchet distance to the float model's samples."""
     metric = "frechet_distance_to_float"
-    draws = {
-        group.name: {name: list(m.values(metric).values()) for name, m in _quantized(group).items()}
-        for group in groups
-    }
-    floors = {group.name: group.noise_floor[metric] for group in groups}
+    draws = {group.name: _draws(group, metric) for group in groups}
+    draws = {name: methods for name, methods in draws.items() if methods}
+    if not draws:
+        return []
+    floors = {group.name: group.noise_floor.get(metric) for group in groups}
     caption = "Every dot is one calibration or training draw; further left is better."
     return [
         Picture("distances", "Fréchet distance, every draw", distance_dots(draws, floors), caption)
@@ -79,18 +80,22 @@ def error_ratios(groups: Sequence[Group], runs: Sequence[FinishedRun]) -> list[P
 
 def samples(groups: Sequence[Group], runs: Sequence[FinishedRun]) -> list[Picture]:
     """Images of the last group's methods, from the same noise."""
-    kept = _kept(groups[-1], lambda run: run.images)
-    if not kept:
-        return []
-    float32 = next(run.images[run.FLOAT] for run in groups[-1].runs if run.images)
-    png = sample_grid({"float32": float32, **kept}, len(float32))
-    caption = f"Every column starts from the same noise. Not chosen: the first {len(float32)}."
-    return [Picture("samples", f"Samples, {groups[-1].name}", png, caption)]
+    for group in groups[-1:]:
+        kept = _kept(group, lambda run: run.images)
+        if kept:
+            float32 = next(run.images[run.FLOAT] for run in group.runs if run.images)
+            png = sample_grid({"float32": float32, **kept}, len(float32))
+            caption = "Every column starts from the same noise. "
+            caption += f"Not chosen: the first {len(float32)}."
+            return [Picture("samples", f"Samples, {group.name}", png, caption)]
+    return []
 
 
 def ranges(groups: Sequence[Group], runs: Sequence[FinishedRun]) -> list[Picture]:
     """Activation ranges over t, and how they correlate with t."""
-    report = _with_layers(runs).report
+    report = _with_layers(runs)
+    if report is None:
+        return []
     layers = report["layers"]
     moving = sorted(layers, key=lambda name: _movement(layers[name]["deviation"]), reverse=True)
     bands = {name: (layers[name]["low"], layers[name]["high"]) for name in moving[:LAYERS]}
@@ -118,7 +123,9 @@ def ranges(groups: Sequence[Group], runs: Sequence[FinishedRun]) -> list[Picture
 
 def rounding_errors(groups: Sequence[Group], runs: Sequence[FinishedRun]) -> list[Picture]:
     """What one scale for all t costs before anything is trained."""
-    report = _with_layers(runs).report
+    report = _with_layers(runs)
+    if report is None:
+        return []
     values = report["layers"].values()
     kinds = {"one scale for all t": "static_error", "one scale per t": "timestep_error"}
     relative = {name: torch.tensor([layer[key] for layer in values]) for name, key in kinds.items()}
@@ -142,10 +149,12 @@ def steps(groups: Sequence[Group], runs: Sequence[FinishedRun]) -> list[Picture]
     }.items():
         curves: dict[str, dict[int, list[float]]] = {}
         for group in groups:
-            for name, method in _labelled(group.methods).items():
+            for name, method in labelled(group.methods).items():
                 values = [value for value in method.values(metric).values() if value > 0]
                 if values:
                     curves.setdefault(name, {})[int(group.name)] = values
+        if not curves:
+            continue
         caption = "The same trained models at every number of steps; only their table is frozen "
         caption += "for other timesteps."
         title = f"{label[0].upper()}{label[1:]} over sampler steps"
@@ -187,16 +196,24 @@ FIGURES: dict[FigureName, FigureMaker] = {
 
 
 def _quantized(group: Group) -> dict[str, Method]:
-    return _labelled([method for method in group.methods if method.execution != "float32"])
+    return labelled([method for method in group.methods if method.execution != "float32"])
 
 
-def _labelled(methods: Sequence[Method]) -> dict[str, Method]:
+def labelled(methods: Sequence[Method]) -> dict[str, Method]:
     """Methods by title; one that ran both on integers and simulated is there twice."""
-    labelled: dict[str, Method] = {}
-    for method in methods:
-        twice = method.title in labelled
-        labelled[f"{method.title}, simulated" if twice else method.title] = method
-    return labelled
+    rows = Counter(method.title for method in methods)
+    return {
+        f"{method.title}, simulated"
+        if rows[method.title] > 1 and method.execution == "fake"
+        else method.title: method
+        for method in methods
+    }
+
+
+def _draws(group: Group, metric: str) -> dict[str, list[float]]:
+    """By method, the draws of a metric, if it was measured."""
+    found = {name: list(m.values(metric).values()) for name, m in _quantized(group).items()}
+    return {name: values for name, values in found.items() if values}
 
 
 def _kept(group: Group, of: Callable[[FinishedRun], Mapping[str, Kept]]) -> dict[str, Kept]:
@@ -233,8 +250,9 @@ def _curves(method: Method | None) -> dict[int, dict[float, float]]:
     }
 
 
-def _with_layers(runs: Sequence[FinishedRun]) -> FinishedRun:
-    return next(run for run in runs if "layers" in run.report)
+def _with_layers(runs: Sequence[FinishedRun]) -> Mapping[str, Any] | None:
+    """The report of the first run that measured ranges."""
+    return next((run.report for run in runs if "layers" in run.report), None)
 
 
 def _movement(deviation: Sequence[float]) -> float:

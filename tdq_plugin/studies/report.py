@@ -1,6 +1,7 @@
 """The report of a study: everything that is finished, as JSON, Markdown and HTML."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,8 +102,9 @@ def _tables(part: Part, group: Group) -> list[Block]:
 
 
 def _renamed(picture: Picture, part: str) -> Picture:
-    """Pictures of all parts are in one folder."""
-    return Picture(f"{part}-{picture.name}", picture.title, picture.png, picture.caption)
+    """Pictures of all parts are in one folder; a group's name may be no name of a file."""
+    stem = re.sub(r"[^\w.]+", "-", f"{part}-{picture.name}").strip("-")
+    return Picture(stem, picture.title, picture.png, picture.caption)
 
 
 def _measurement(results: Mapping[str, PartResults]) -> list[Block]:

@@ -20,6 +20,7 @@ __all__ = [
     "group_name",
     "groups_of",
     "row_name",
+    "same_draw",
 ]
 
 
@@ -107,21 +108,27 @@ class Group:
                 found = draws.setdefault((row["method"], row["execution"]), {})
                 other, _ = found.setdefault(run.config["seed"], (run, row))
                 if other is not run and row["execution"] != "float32":
-                    raise ConfigError(
-                        f"{run.name} and {other.name} both have {row['method']!r} "
-                        f"with seed {run.config['seed']}. Set group_by to what differs in them."
-                    )
+                    seed = run.config["seed"]
+                    raise ConfigError(same_draw(run.name, other.name, row["method"], seed))
         return tuple(Method(*key, found) for key, found in draws.items())
 
     @property
     def noise_floor(self) -> Mapping[str, float]:
         """Metrics of the float model against itself, from other noise."""
-        floor: Mapping[str, float] = self.runs[0].report["noise_floor"]
-        return floor
+        floors = (run.report.get("noise_floor") for run in self.runs)
+        return next((floor for floor in floors if floor), {})
 
     def measured(self) -> list[str]:
         """The metrics that some row has."""
         return [metric for metric in METRICS if any(m.values(metric) for m in self.methods)]
+
+
+def same_draw(run: str, other: str, method: str, seed: int) -> str:
+    """What is wrong with two runs of a group that have the same method with the same seed."""
+    return (
+        f"{run} and {other} both have {method!r} with seed {seed}. Set group_by to what differs in "
+        "them."
+    )
 
 
 def groups_of(part: Part, runs: Iterable[FinishedRun]) -> list[Group]:

@@ -13,7 +13,7 @@ from tdq_plugin.recipes.float_model import load_float_model
 from tdq_plugin.studies.results import Curve, FinishedRun, ScaleHistory, row_name
 from tdq_plugin.table import load_table
 
-__all__ = ["load_run"]
+__all__ = ["load_run", "read_report"]
 
 # What figures show of a run.
 IMAGES = 16
@@ -23,11 +23,7 @@ TIMESTEPS_APART = 8
 
 def load_run(folder: Path) -> FinishedRun:
     """Read a finished run; of images and scales, what figures show."""
-    config, report = (
-        json.loads((folder / name).read_text()) for name in ("config.json", "report.json")
-    )
-    # What a reader of the report has is a checkout.
-    report["command"] = report["command"].replace(f"{RECIPES}/", "recipes/")
+    config, report = json.loads((folder / "config.json").read_text()), read_report(folder)
     curves, images = {}, {}
     for row in report.get("rows", []):
         name = row_name(row)
@@ -38,6 +34,13 @@ def load_run(folder: Path) -> FinishedRun:
     if images:
         images[FinishedRun.FLOAT] = _float_images(config, folder.parent)
     return FinishedRun(folder.name, config, report, curves, images, _scales(folder / "scales"))
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """What a finished run reports; its command names models of the package as a checkout does."""
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    report["command"] = report["command"].replace(f"{RECIPES}/", "recipes/")
+    return report
 
 
 def _curve(path: Path) -> Curve:

@@ -1,6 +1,7 @@
 """The tables of a study: all methods of a group, and ratios of methods that shared their draws."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 
 from tdq_plugin.studies.document import Table
 from tdq_plugin.studies.results import Group, Method
@@ -44,14 +45,27 @@ def ratios_table(group: Group, pairs: Sequence[tuple[str, str]]) -> Table | None
     """Every pair by every metric; None if the group has no pair."""
     rows = []
     for pair in pairs:
-        first, second = (_of_title(group, title) for title in pair)
-        for execution in [name for name in ("int8", "fake") if name in first and name in second]:
-            title = f"{pair[0]} / {pair[1]}, {EXECUTIONS[execution]}"
-            rows += _ratio_rows(title, first[execution], second[execution])
+        for first, second in _compared(*(_of_title(group, title) for title in pair)):
+            rows += _ratio_rows(_ratio_title(first, second), first, second)
     if not rows:
         return None
     header = ["Ratio", "Metric", "Ratio of centres", "Each draw", "95 % interval"]
     return Table(header, rows)
+
+
+def _compared(
+    firsts: Mapping[str, Method], seconds: Mapping[str, Method]
+) -> list[tuple[Method, Method]]:
+    """Rows of the same execution; where there are none, all, as some methods have only one."""
+    alike = [(firsts[name], seconds[name]) for name in firsts if name in seconds]
+    return alike or list(itertools.product(firsts.values(), seconds.values()))
+
+
+def _ratio_title(first: Method, second: Method) -> str:
+    executions = [EXECUTIONS[method.execution] for method in (first, second)]
+    if executions[0] == executions[1]:
+        return f"{first.title} / {second.title}, {executions[0]}"
+    return f"{first.title}, {executions[0]} / {second.title}, {executions[1]}"
 
 
 def _ratio_rows(title: str, first: Method, second: Method) -> list[list[str]]:

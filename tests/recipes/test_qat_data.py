@@ -1,13 +1,22 @@
 """Where the QAT recipes take models and images from, and what they are measured by."""
 
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ScoreSdeVeScheduler,
+)
+from diffusers_models import one_level_unet
 from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -84,17 +93,47 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
         load_float_model(tmp_path / "none")
 
 
-def test_a_model_that_predicts_something_else(tmp_path: Path) -> None:
-    unet = UNet2DModel(
-        sample_size=8,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=4,
-    )
-    scheduler = DDIMScheduler(prediction_type="v_prediction")
-    DDPMPipeline(unet, scheduler).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="predicts 'v_prediction'; this recipe takes models that"):
+def test_a_model_of_a_release_that_is_not_here(tiny_pipeline: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "pipeline")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("DDIMPipeline", "PipelineOfTomorrow"))
+    with pytest.raises(ConfigError, match=r"neither the folder .* no attribute PipelineOfTomorrow"):
+        load_float_model(folder)
+
+
+def test_a_pipeline_without_folders(tiny_pipeline: Path, tmp_path: Path) -> None:
+    """As google/ddpm-cifar10-32 is."""
+    for file in [*tiny_pipeline.glob("*.*"), *tiny_pipeline.glob("*/*")]:
+        shutil.copy(file, tmp_path)
+    flat, usual = load_float_model(tmp_path), load_float_model(tiny_pipeline)
+    assert flat.scheduler.config == usual.scheduler.config
+    assert torch.equal(flat.unet.conv_in.weight, usual.unet.conv_in.weight)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (
+            DDIMScheduler(prediction_type="v_prediction"),
+            "predicts 'v_prediction'; this recipe takes models that predict the noise",
+        ),
+        (
+            FlowMatchEulerDiscreteScheduler(),
+            "has a FlowMatchEulerDiscreteScheduler without beta_schedule; this recipe takes models",
+        ),
+        (ScoreSdeVeScheduler(), "has a ScoreSdeVeScheduler without beta_schedule"),
+    ],
+)
+@pytest.mark.parametrize("pipeline", [DDPMPipeline, DDIMPipeline])
+def test_a_model_of_another_diffusion_process(
+    pipeline: Any, scheduler: Any, message: str, tmp_path: Path
+) -> None:
+    """A DDIMPipeline makes a DDIM of any scheduler."""
+    pipeline(one_level_unet(sample_size=8), DDIMScheduler()).save_pretrained(tmp_path)
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    index = tmp_path / "model_index.json"
+    index.write_text(index.read_text().replace("DDIMScheduler", type(scheduler).__name__))
+    with pytest.raises(ConfigError, match=message):
         load_float_model(tmp_path)
 
 
@@ -102,6 +141,13 @@ def test_bytes_are_those_of_a_picture() -> None:
     images = torch.tensor([-1.0, 0.0, 1.0, 2.0]).reshape(1, 1, 2, 2)
     assert as_bytes(images).shape == (1, 3, 2, 2)
     assert as_bytes(images)[0, 2].flatten().tolist() == [0, 128, 255, 255]
+
+
+def test_images_of_a_model_that_diverged() -> None:
+    images = torch.zeros(3, 1, 2, 2)
+    images[1, 0, 0, 0], images[2] = float("nan"), float("inf")
+    with pytest.raises(ConfigError, match=r"^2 of 3 images have pixels that are not finite\. Look"):
+        as_bytes(images)
 
 
 def test_quality_of_samples() -> None:

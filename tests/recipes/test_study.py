@@ -183,6 +183,7 @@ def test_a_run_that_another_reads_is_done_where_that_one_runs(
     again = {"methods": ["tdq"], "seed": 0, "steps": 2, "trained": "{runs}/good-0"}
     again = {"recipe": "ddim-digits-qat", "name": "again", "settings": again, "needs": ["good-0"]}
     content["parts"]["good"]["runs"].append(again)
+    content["parts"]["good"]["group_by"] = "steps"
     needing = tmp_path / "tiny.yaml"
     needing.write_text(yaml.safe_dump(content, sort_keys=False))
     tdq_study(study_file, runs, "--report", "--results", str(tmp_path))
@@ -227,3 +228,11 @@ def test_a_folder_of_pictures_may_hold_more(study_file: Path, runs: Path, tmp_pa
 def test_a_part_that_is_not_there(study_file: Path, tmp_path: Path) -> None:
     code, _, err = tdq_study(study_file, tmp_path, "--part", "goood")
     assert (code, err.strip()) == (1, "error: part = 'goood' is none of good.")
+    code, _, err = tdq_study(study_file, tmp_path, "--part", "goood", "--list")
+    assert (code, err.strip()) == (1, "error: part = 'goood' is none of good.")
+
+
+def test_a_report_has_every_part(study_file: Path, tmp_path: Path) -> None:
+    code, _, err = tdq_study(study_file, tmp_path, "--part", "good", "--report")
+    assert code == 1
+    assert err.startswith("error: --part good with --report: the report has every part, with what")

@@ -28,7 +28,13 @@ def content() -> dict[str, Any]:
         "settings": {"ddim-digits-qat": {"evaluation.samples": 5000, "steps": 20}},
         "costs": {"ddim-digits-qat": {"start": 1, "method": 2, "step": 0}},
         "parts": {
-            "one": {"title": "One", "question": "?", "paper": "-", "runs": [group]},
+            "one": {
+                "title": "One",
+                "question": "?",
+                "paper": "-",
+                "runs": [group],
+                "group_by": "bits",
+            },
         },
     }
 
@@ -61,10 +67,20 @@ def test_a_group_is_a_run_for_every_combination(tmp_path: Path) -> None:
 
 
 def test_samples_replace_those_of_every_recipe_that_draws(tmp_path: Path) -> None:
-    (run, *_) = load_study(write(tmp_path, content()), samples=100).runs("one", Path())
-    assert run.settings["evaluation.samples"] == 100
-    study = load_study("digits", samples=100)
-    assert "evaluation.samples" not in study.settings["ddim-digits-ranges"]
+    values = content()
+    (group,) = values["parts"]["one"]["runs"]
+    nowhere = {**group, "recipe": "ddim-digits-ptq", "name": "ptq", "settings": {}, "vary": {}}
+    none = {**nowhere, "recipe": "ddim-digits-ranges", "name": "ranges"}
+    values["parts"]["one"]["runs"] += [nowhere, none]
+    cost = {"start": 1, "method": 2, "step": 0}
+    values["costs"] |= {"ddim-digits-ptq": cost, "ddim-digits-ranges": cost}
+    del values["settings"]["ddim-digits-qat"]["evaluation.samples"]
+    group["settings"]["evaluation.samples"] = 5000
+    runs = load_study(write(tmp_path, values)).runs("one", Path(), samples=100)
+    samples = {run.name: run.settings.get("evaluation.samples") for run in runs}
+    assert samples.pop("ranges") is None
+    assert len(samples) == 5
+    assert set(samples.values()) == {100}
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -152,6 +168,10 @@ def test_mistakes(tmp_path: Path, change: Any, message: str) -> None:
         (
             changed("parts.one.ratios", [["TDQ", "PACT"]]),
             r"^ratios of 'one': \['PACT'\] are none of static LSQ, TDQ\.",
+        ),
+        (
+            changed("parts.one.group_by", "steps"),
+            r"^W8A4-lsq-tdq-0 and W4A4-lsq-tdq-0 both have 'static LSQ' with seed 0\. Set group_by",
         ),
     ],
 )

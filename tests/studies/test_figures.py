@@ -11,8 +11,8 @@ from tdq_plugin.grid import activation_grid
 from tdq_plugin.recipes.evaluation.sampling import sample, scheduler_with
 from tdq_plugin.recipes.float_model import load_float_model
 from tdq_plugin.studies.definition import Part
-from tdq_plugin.studies.figures import FIGURES
-from tdq_plugin.studies.results import FinishedRun, Group, groups_of
+from tdq_plugin.studies.figures import FIGURES, labelled
+from tdq_plugin.studies.results import FinishedRun, Group, Method, groups_of
 from tdq_plugin.studies.run_folder import load_run
 from tdq_plugin.study import temporal_dynamics
 from tdq_plugin.table import ScaleTable
@@ -132,3 +132,39 @@ def test_ratios_are_to_the_same_draw_of_static_lsq(make_run: Callable[..., Finis
 def test_ratios_need_static_lsq(make_run: Callable[..., FinishedRun]) -> None:
     run = make_run("one", "W4A4", 0, {"TDQ": ("tdq", "int8", 0.1, 0.2)})
     assert FIGURES["error_ratios"]([Group("W4A4", (run,))], [run]) == []
+
+
+def test_no_figure_needs_a_finished_run_or_one_of_its_kind(
+    make_run: Callable[..., FinishedRun], tmp_path: Path
+) -> None:
+    layers = layers_run(tmp_path / "ranges")
+    rows = make_run("rows", "W4A4", 0, {"TDQ": ("tdq", "int8", 0.1, None)})
+    rows = replace(rows, report={**rows.report, "noise_floor": {}}, curves={}, images={})
+    for make in FIGURES.values():
+        assert make([], []) == []
+    kinds = {"ranges", "rounding_errors"}
+    for name, make in FIGURES.items():
+        assert make([], [layers] if name not in kinds else [rows]) == []
+    for name in FIGURES.keys() - kinds - {"steps"}:
+        assert FIGURES[name]([Group("W4A4", (rows,))], [layers, rows]) == []
+    mixed = [Group("W4A4", (rows,))]
+    assert len(FIGURES["ranges"](mixed, [rows, layers])) == 2
+
+
+def test_a_distance_without_a_noise_floor(make_run: Callable[..., FinishedRun]) -> None:
+    run = make_run("one", "W4A4", 0, {"TDQ": ("tdq", "int8", 0.1, 0.2)})
+    with_floor, without = (
+        FIGURES["distances"]([Group("W4A4", (one,))], [one])
+        for one in (run, replace(run, report={**run.report, "noise_floor": {}}))
+    )
+    assert with_floor[0].png != without[0].png
+
+
+def test_what_is_simulated_is_not_decided_by_the_order() -> None:
+    int8, fake, alone = (
+        Method("TDQ", "int8", {}), Method("TDQ", "fake", {}), Method("PTQ4DM", "fake", {})
+    )  # fmt: skip
+    for methods in ([int8, fake, alone], [fake, alone, int8]):
+        labels = labelled(methods)
+        assert (labels["TDQ"], labels["TDQ, simulated"]) == (int8, fake)
+        assert labels["PTQ4DM"] is alone

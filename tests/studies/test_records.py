@@ -13,6 +13,7 @@ from tdq_plugin.errors import ConfigError
 from tdq_plugin.recipes.config import RECIPES
 from tdq_plugin.studies.records import load_record, portable, save_record
 from tdq_plugin.studies.results import FinishedRun, ScaleHistory
+from tdq_plugin.studies.run_folder import read_report
 
 METHODS = {"TDQ": ("tdq", "int8", 0.25, 0.5), "dynamic": ("dynamic", "fake", 0.75, 1.0)}
 
@@ -52,6 +53,13 @@ def test_a_command_names_models_of_the_package_as_a_checkout_does(
 ) -> None:
     command = make_run("one", "W4A4", 3, METHODS).report["command"]
     assert command == "tdq run demo seed=3 model=recipes/assets/mine"
+
+
+def test_a_record_agrees_with_its_run(make_run: Callable[..., FinishedRun], tmp_path: Path) -> None:
+    """Else every report would write it anew."""
+    save_record(tmp_path / "one.safetensors", make_run("one", "W4A4", 3, METHODS))
+    record = load_record(tmp_path / "one.safetensors")
+    assert read_report(tmp_path / "runs" / "one") == record.report
 
 
 def test_a_configuration_keeps_no_path_of_this_machine() -> None:

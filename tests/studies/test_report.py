@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,34 @@ def test_ratios_are_paired_by_draw(three_draws: list[FinishedRun]) -> None:
     distance = rows["TDQ / static LSQ, int8 kernels", "Fréchet distance to float"]
     assert distance[:2] == ["0.80", "0.80, 0.50, 1.50"]
     assert rows["TDQ / MinMax, int8 kernels", "Trajectory error"] == ["0.27", "0.27", "–"]
+
+
+def test_a_method_that_is_only_simulated_has_its_ratio(
+    make_run: Callable[..., FinishedRun],
+) -> None:
+    methods = {
+        "TDQ": ("tdq", "int8", 0.2, 1.0),
+        "dynamic": ("dynamic", "fake", 0.4, 4.0),
+    }
+    (group,) = groups_of(part(), [make_run("one", "W4A4", 0, methods)])
+    table = ratios_table(group, [("TDQ", "dynamic")])
+    assert table is not None
+    ratios = {(row[0], row[1]): row[2] for row in table.rows}
+    title = "TDQ, int8 kernels / dynamic, simulated"
+    assert ratios[title, "Trajectory error"] == "0.50"
+    assert ratios[title, "Fréchet distance to float"] == "0.25"
+
+
+def test_pictures_of_groups_with_any_name(
+    make_run: Callable[..., FinishedRun], tmp_path: Path
+) -> None:
+    run = make_run("one", "W4A4", 0, {"TDQ": ("tdq", "int8", 0.2, 1.0)})
+    run = replace(run, config={**run.config, "model": ["../mine (1)", "b"]})
+    definition = study(figures=["errors"], group_by="model")
+    found = {"demo": PartResults(definition.parts["demo"], [run], [])}
+    text = write_study(tmp_path / "out", "demo", definition, found).read_text()
+    assert "](demo/demo-errors-..-mine-1-b.png)" in text
+    assert (tmp_path / "out" / "demo" / "demo-errors-..-mine-1-b.png").exists()
 
 
 def test_bits_are_not_mixed(

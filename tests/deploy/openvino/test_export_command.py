@@ -9,9 +9,11 @@ from diffusers import DDIMPipeline, DDIMScheduler
 from diffusers_models import one_level_unet
 from typer.testing import CliRunner
 
+import tdq_plugin as tdq
 from tdq_plugin.cli import app
 from tdq_plugin.deploy import lower_to_int8, save_int8
 from tdq_plugin.deploy.openvino import OVDenoiser
+from tdq_plugin.export_cli import CORRECTION
 
 ENVIRONMENT = {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
 
@@ -30,12 +32,17 @@ def saved_model(folder):
     return model
 
 
+def export(model, folder):
+    arguments = ["export", "openvino", str(model), str(folder)]
+    return CliRunner().invoke(app, arguments, env=ENVIRONMENT)
+
+
 @needs_vnni
 def test_a_recipes_model_becomes_a_pipeline(tmp_path):
     model = saved_model(tmp_path / "model")
-    arguments = ["export", "openvino", str(tmp_path / "model"), str(tmp_path / "openvino")]
-    result = CliRunner().invoke(app, arguments, env=ENVIRONMENT)
+    result = export(tmp_path / "model", tmp_path / "openvino")
     assert result.exit_code == 0, result.output
+    assert "correction" not in result.stdout
     assert "scales moved behind their layers" in result.stdout
     assert f"The model is in {tmp_path / 'openvino'}" in result.stdout
     denoiser = OVDenoiser.load(tmp_path / "openvino" / "unet")
@@ -49,9 +56,25 @@ def test_a_recipes_model_becomes_a_pipeline(tmp_path):
     assert (ours - theirs).norm() < 0.05 * theirs.norm()
 
 
+@needs_vnni
+def test_the_output_correction_comes_along(tmp_path):
+    saved_model(tmp_path / "model")
+    timesteps, ones = torch.tensor([0.0, 250.0, 500.0, 750.0]), torch.ones(4, 1)
+    offsets = torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 1, 8, 8)
+    fitted = tdq.OutputCorrection(timesteps, ones, 0 * ones, offsets)
+    fitted.save(tmp_path / "model" / CORRECTION)
+    result = export(tmp_path / "model", tmp_path / "openvino")
+    assert result.exit_code == 0, result.output
+    assert f"output correction, which the UNet does not apply, is {CORRECTION}" in result.stdout
+    correction = tdq.load_correction(tmp_path / "openvino" / CORRECTION)
+    denoiser = OVDenoiser.load(tmp_path / "openvino" / "unet")
+    sample = torch.randn(2, 1, 8, 8)
+    corrected = tdq.CorrectedDenoiser(denoiser, correction)(sample, 250).sample
+    torch.testing.assert_close(corrected, denoiser(sample, 250).sample + 1)
+
+
 def test_a_folder_without_a_model_is_one_message(tmp_path):
-    arguments = ["export", "openvino", str(tmp_path / "no"), str(tmp_path / "openvino")]
-    result = CliRunner().invoke(app, arguments, env=ENVIRONMENT)
+    result = export(tmp_path / "no", tmp_path / "openvino")
     assert result.exit_code == 1
     assert result.stderr.startswith("error: ")
     assert "quantization.json is not readable JSON" in result.stderr
