@@ -9,10 +9,13 @@ __all__ = ["evaluation_mode"]
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: object) -> Iterator[None]:
     """Within the block, dropout and batch statistics are those of evaluation.
 
     Each module's own flag comes back afterwards, also where parts of a model differ.
+
+    Args:
+        model: What is no module, such as a function or None, stays as it is.
 
     Example:
         >>> model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
@@ -22,6 +25,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         >>> model[0].training, model[1].training
         (True, False)
     """
+    if not isinstance(model, nn.Module):
+        yield
+        return
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()

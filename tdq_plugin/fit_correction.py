@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from tdq_plugin.errors import CalibrationError
+from tdq_plugin.evaluation_mode import evaluation_mode
+from tdq_plugin.model_output import first_tensor
 from tdq_plugin.output_correction import OutputCorrection, with_gains
 
 __all__ = ["fit_output_correction"]
@@ -16,8 +18,8 @@ __all__ = ["fit_output_correction"]
 
 @torch.no_grad()
 def fit_output_correction(
-    model: Callable[[Tensor, Tensor], Tensor],
-    reference: Callable[[Tensor, Tensor], Tensor],
+    model: Callable[[Tensor, Tensor], Any],
+    reference: Callable[[Tensor, Tensor], Any],
     scheduler: Any,
     noise: Tensor,
     batch_size: int = 200,
@@ -39,8 +41,9 @@ def fit_output_correction(
     is a large one of the noise, are hardly touched.
 
     Args:
-        model: The quantized denoiser.
-        reference: The float denoiser.
+        model: The quantized denoiser; returns the predicted noise, or a tuple or diffusers output
+            that starts with it. A module runs in evaluation mode.
+        reference: The float denoiser, of the same kind.
         scheduler: A diffusers scheduler of single steps whose timesteps are set, deterministic
             and without clipping, such as `DDIMScheduler(clip_sample=False)`.
         noise: Starting noise, shape `(N, C, H, W)`; 1,024 samples and more find small shifts.
@@ -53,44 +56,50 @@ def fit_output_correction(
         CalibrationError: There are fewer than two samples, `explained` is no share, or the
             scheduler's step is not linear in the predicted noise.
     """
+    _check(noise, explained)
+    # A copy, for a scheduler that is refused may have counted its calls.
+    tried = copy.deepcopy(scheduler)
+    slopes = [_slope(tried, t, noise) for t in scheduler.timesteps]
+    ours, theirs = noise, noise
+    rows, ones = [], torch.ones(noise.shape[1], device=noise.device)
+    with evaluation_mode(model), evaluation_mode(reference):
+        for step, (timestep, slope) in enumerate(zip(scheduler.timesteps, slopes, strict=True)):
+            wanted = _predict(reference, theirs, timestep, batch_size)
+            output_gain, sample_gain = ones, 0 * ones
+            if explained < 1:
+                found = _predict(model, theirs, timestep, batch_size)
+                output_gain, sample_gain = _gains(found, theirs, wanted, explained)
+            output = _predict(model, ours, timestep, batch_size)
+            output = with_gains(output, ours, output_gain, sample_gain).to(noise.dtype)
+            ours = scheduler.step(output, timestep, ours).prev_sample
+            theirs = scheduler.step(wanted, timestep, theirs).prev_sample
+            # In half precision, the square of a mean vanishes, and the mean with it.
+            shift = _shrunken_mean(theirs.float() - ours.float())
+            ours = (ours + shift).to(noise.dtype)
+            rows.append((timestep.float(), output_gain, sample_gain, shift / slope))
+            if progress is not None:
+                progress(step + 1, len(slopes))
+    columns = zip(*reversed(rows), strict=True)
+    return OutputCorrection(*(torch.stack(column) for column in columns))
+
+
+def _check(noise: Tensor, explained: float) -> None:
     if not 0 <= explained <= 1:
         raise CalibrationError(f"explained = {explained} is no share of an error: 0 to 1.")
     if len(noise) < 2:
         raise CalibrationError(
             f"{len(noise)} samples do not tell a shift from chance. Give 2 or more, better 1,024."
         )
-    # A copy, for a scheduler that is refused may have counted its calls.
-    tried = copy.deepcopy(scheduler)
-    slopes = [_slope(tried, t, noise) for t in scheduler.timesteps]
-    ours, theirs = noise, noise
-    rows, ones = [], torch.ones(noise.shape[1], device=noise.device)
-    for step, (timestep, slope) in enumerate(zip(scheduler.timesteps, slopes, strict=True)):
-        wanted = _predict(reference, theirs, timestep, batch_size)
-        output_gain, sample_gain = ones, 0 * ones
-        if explained < 1:
-            found = _predict(model, theirs, timestep, batch_size)
-            output_gain, sample_gain = _gains(found, theirs, wanted, explained)
-        output = _predict(model, ours, timestep, batch_size)
-        output = with_gains(output, ours, output_gain, sample_gain).to(noise.dtype)
-        ours = scheduler.step(output, timestep, ours).prev_sample
-        theirs = scheduler.step(wanted, timestep, theirs).prev_sample
-        # In half precision, the square of a mean vanishes, and the mean with it.
-        shift = _shrunken_mean(theirs.float() - ours.float())
-        ours = (ours + shift).to(noise.dtype)
-        rows.append((timestep.float(), output_gain, sample_gain, shift / slope))
-        if progress is not None:
-            progress(step + 1, len(slopes))
-    columns = zip(*reversed(rows), strict=True)
-    return OutputCorrection(*(torch.stack(column) for column in columns))
 
 
 def _predict(
-    denoiser: Callable[[Tensor, Tensor], Tensor],
+    denoiser: Callable[[Tensor, Tensor], Any],
     samples: Tensor,
     timestep: Tensor,
     batch_size: int,
 ) -> Tensor:
-    return torch.cat([denoiser(part, timestep) for part in samples.split(batch_size)])
+    parts = samples.split(batch_size)
+    return torch.cat([first_tensor(denoiser(part, timestep)) for part in parts])
 
 
 def _gains(

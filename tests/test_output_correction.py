@@ -1,6 +1,7 @@
 """The output correction: it matches mean samples, looks timesteps up exactly, and comes back."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from diffusers import (
     PNDMScheduler,
     UNet2DModel,
 )
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import tdq_plugin as tdq
 from tdq_plugin.errors import CalibrationError, LookupRuleError, ScaleError, TableFormatError
@@ -76,6 +78,25 @@ def test_mean_samples_become_the_references(
     uncorrected = mean_images(biased, sampler(), noise)
     for step, mean in enumerate(wanted):
         assert (corrected[step] - mean).abs().max() < 0.05 * (uncorrected[step] - mean).abs().max()
+
+
+class Dropping(nn.Module):
+    """A denoiser in training mode, in the form of diffusers."""
+
+    def __init__(self, denoiser: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.denoiser, self.dropout = denoiser, nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, t: Tensor) -> UNet2DOutput:
+        return UNet2DOutput(sample=self.dropout(self.denoiser(x, t)))
+
+
+def test_it_is_fitted_without_dropout(noise: Tensor, correction: tdq.OutputCorrection) -> None:
+    models = Dropping(biased), Dropping(reference)
+    found = tdq.fit_output_correction(*models, sampler(), noise)
+    for name, value in correction.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+    assert all(model.dropout.training for model in models)
 
 
 def test_gains_find_what_output_and_sample_tell(noise: Tensor) -> None:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from tdq_plugin.errors import CalibrationError, ConfigError
+from tdq_plugin.evaluation_mode import evaluation_mode
+from tdq_plugin.model_output import first_tensor
 from tdq_plugin.options import check_option
 
 __all__ = [
     "CalibrationSet",
     "TimestepDistribution",
     "collect_trajectories",
-    "first_tensor",
     "normal_weight",
     "samples_per_step",
 ]
@@ -67,7 +68,7 @@ def collect_trajectories(
 
     Args:
         model: Called as `model(samples, timestep, **conditions)`; returns the predicted noise, or a
-            tuple or output object that starts with it.
+            tuple or output object that starts with it. A module runs in evaluation mode.
         scheduler: A diffusers scheduler with its timesteps set; it stays as it is.
         sample_shape: Shape of one sample, `(C, H, W)`.
         images: Trajectories; 256 of them with 20 steps are PTQ4DM's 5,120 samples.
@@ -98,21 +99,22 @@ def collect_trajectories(
     # Chosen beforehand, so that no more than the budget is ever held.
     wanted = [torch.randperm(images, generator=generator)[:count] for count in counts]
     kept = [torch.empty(count, *sample_shape, device=device) for count in counts]
-    for batch, start in enumerate(starts):
-        # A sampler may count its steps and remember earlier ones: each batch has its own.
-        sampler = copy.deepcopy(scheduler)
-        samples = start.to(device) * float(sampler.init_noise_sigma)
-        own = slice(batch * batch_size, batch * batch_size + len(start))
-        conditioned = {name: value[own] for name, value in conditions.items()}
-        for index, timestep in enumerate(steps):
-            seen = sampler.scale_model_input(samples, timestep)
-            row = wanted[index] - batch * batch_size
-            inside = (row >= 0) & (row < len(seen))
-            kept[index][inside] = seen[row[inside]]
-            noise = first_tensor(model(seen, timestep, **conditioned))
-            samples = sampler.step(noise, timestep, samples).prev_sample
-            if progress is not None:
-                progress(batch * len(steps) + index + 1, len(starts) * len(steps))
+    with evaluation_mode(model):
+        for batch, start in enumerate(starts):
+            # A sampler may count its steps and remember earlier ones: each batch has its own.
+            sampler = copy.deepcopy(scheduler)
+            samples = start.to(device) * float(sampler.init_noise_sigma)
+            own = slice(batch * batch_size, batch * batch_size + len(start))
+            conditioned = {name: value[own] for name, value in conditions.items()}
+            for index, timestep in enumerate(steps):
+                seen = sampler.scale_model_input(samples, timestep)
+                row = wanted[index] - batch * batch_size
+                inside = (row >= 0) & (row < len(seen))
+                kept[index][inside] = seen[row[inside]]
+                noise = first_tensor(model(seen, timestep, **conditioned))
+                samples = sampler.step(noise, timestep, samples).prev_sample
+                if progress is not None:
+                    progress(batch * len(steps) + index + 1, len(starts) * len(steps))
     timesteps = [torch.full((len(c),), float(t)) for c, t in zip(kept, steps, strict=True)]
     chosen = torch.cat(wanted)
     return CalibrationSet(
@@ -134,12 +136,6 @@ def _check_rows(conditions: Mapping[str, Tensor], images: int) -> None:
                 f"The condition {name!r} has {len(value)} rows for {images} images. Give one row "
                 "for each, or set images."
             )
-
-
-def first_tensor(output: Any) -> Tensor:
-    """What a denoiser predicts: its output, or the first of several."""
-    tensor: Tensor = output if isinstance(output, Tensor) else output[0]
-    return tensor
 
 
 def normal_weight(from_image: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor, nn
 
 from tdq_plugin.evaluation_mode import evaluation_mode
 from tdq_plugin.hooks import argument_names
-from tdq_plugin.reconstruct.collect import CalibrationSet, first_tensor
+from tdq_plugin.model_output import first_tensor
+from tdq_plugin.reconstruct.collect import CalibrationSet
 from tdq_plugin.reconstruct.switches import quantization
 from tdq_plugin.reconstruct.train import Objective
 
@@ -42,7 +42,7 @@ def whole_model_objective(
         conditions = {name: value[index] for name, value in data.conditions.items()}
         return [first_tensor(denoiser(data.samples[index], data.timesteps[index], **conditions))]
 
-    evaluated = evaluation_mode(reference) if isinstance(reference, nn.Module) else nullcontext()
+    evaluated = evaluation_mode(reference)
     if reference is not None and _has_arguments(reference, names):
         reference = _by_name(reference, names)
     with quantization(model, enabled=False), evaluated:

@@ -6,6 +6,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
 )
+from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from tdq_plugin.errors import CalibrationError, ConfigError
 from tdq_plugin.reconstruct import ReconstructionConfig, collect_trajectories
@@ -39,6 +40,25 @@ def test_the_first_samples_are_noise_and_later_ones_come_from_the_scheduler(sche
         sample = data.samples[index : index + 1]
         following = scheduler.step(half(sample, timestep), timestep, sample).prev_sample
         assert torch.equal(following, data.samples[index + 1 : index + 2])
+
+
+def test_dropout_is_not_in_the_trajectories(scheduler):
+    model = Dropping()
+    data = collect_trajectories(model, scheduler, SHAPE, images=2)
+    expected = collect_trajectories(half, scheduler, SHAPE, images=2)
+    assert torch.equal(data.samples, expected.samples)
+    assert model.dropout.training
+
+
+class Dropping(torch.nn.Module):
+    """`half`, in training mode and in the form of diffusers."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = torch.nn.Dropout(0.5)
+
+    def forward(self, samples, timestep):
+        return UNet2DOutput(sample=self.dropout(0.5 * samples))
 
 
 def test_normal_timesteps_prefer_the_middle_near_the_image(scheduler):
