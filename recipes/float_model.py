@@ -22,6 +22,9 @@ __all__ = [
     "set_dropout",
 ]
 
+# Length of the diffusion process that the methods' scale banks are made for.
+TIMESTEPS = 1000
+
 
 @dataclass(frozen=True)
 class FloatModel:
@@ -113,8 +116,9 @@ def load_float_model(name: str | Path, key: str = "model") -> FloatModel:
 
     Raises:
         ConfigError: There is no such pipeline, its networks are not of these kinds or do not fit
-            together, it predicts something else than the noise, its scheduler has no betas, or the
-            sampler's timesteps are not at equal distances from 0.
+            together, it predicts something else than the noise, its scheduler has no betas, the
+            process has other than 1000 timesteps, or the sampler's are not at equal distances
+            from 0.
     """
     try:
         pipeline = DiffusionPipeline.from_pretrained(str(name))
@@ -162,6 +166,13 @@ def _scheduler(name: str | Path, key: str) -> DDIMScheduler:
             f"{key} = {str(name)!r} has a scheduler with timestep_spacing={spacing!r}; the recipes "
             "visit DDIM's timesteps, and others at a distance from them, which diffusers does with "
             "'leading' alone. Set it in the pipeline's scheduler/scheduler_config.json."
+        )
+    length = config.get("num_train_timesteps", TIMESTEPS)
+    if length != TIMESTEPS:
+        raise ConfigError(
+            f"{key} = {str(name)!r} has a process of {length} timesteps; the methods of the "
+            f"recipes are made for {TIMESTEPS}. In a script of your own, give calibrate and the "
+            "bank's configuration num_timesteps."
         )
     # DDIM (arXiv 2010.02502) does not clip. Near pure noise, a quantization error of the noise is
     # a hundredfold error of the image, which clipping turns from zero mean into a shift.

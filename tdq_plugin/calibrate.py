@@ -46,16 +46,21 @@ def calibrate(
 
     Raises:
         CalibrationError: No data, or none for some layer, values that are not finite, timesteps
-            outside the process, or an activation that does not hold the samples along dimension 0,
-            batch-major, which the first batch of several samples shows.
+            outside the process, a batch that is a bare tensor, or an activation that does not
+            hold the samples along dimension 0, batch-major, which the first batch of several
+            samples shows.
     """
     with calibration(model, **options) as observers, torch.no_grad():
-        watch = _watch_of(model)
+        watch, batch = _watch_of(model), None
         for batch in batches:
             args, kwargs = _arguments(batch)
             model(*args, **kwargs)
             if not watch.layout_checked:
                 watch.check_layout(model, args, kwargs)
+        if batch is None:
+            raise CalibrationError(
+                "There are no batches. Give a list of them; a generator can be used only once."
+            )
     observations = results(observers)
     initialise_scales(scale_bank(model), observations, method, warm_start)
     return observations
@@ -153,6 +158,11 @@ def _require_spread(timesteps: Tensor) -> None:
 
 
 def _arguments(batch: tuple[Any, ...] | dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if not isinstance(batch, tuple | list | dict):
+        raise CalibrationError(
+            f"A batch is a {type(batch).__name__}. Give the calibration a list of batches, each a "
+            "tuple (sample, timestep, ...) or a dictionary of the model's arguments."
+        )
     if isinstance(batch, dict):
         return (), batch
     if batch and isinstance(batch[-1], dict):

@@ -1,7 +1,7 @@
 """Evaluation mode for a while."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from torch import nn
 
@@ -29,11 +29,14 @@ def evaluation_mode(model: object) -> Iterator[None]:
         yield
         return
     training = {module: module.training for module in model.modules()}
+    # Exported graphs switch operators in it, not only flags; converted ones refuse, as they have
+    # one mode.
     try:
-        model.eval()
+        with suppress(NotImplementedError):
+            model.eval()
         yield
     finally:
-        # Exported graphs switch operators in it, not only flags.
-        model.train(training[model])
+        with suppress(NotImplementedError):
+            model.train(training[model])
         for module, was_training in training.items():
             module.training = was_training

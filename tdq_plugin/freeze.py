@@ -1,6 +1,7 @@
 """`freeze`: turn the generators into a table. Only the scale bank of the model changes."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +11,7 @@ from tdq_plugin.attach import scale_bank
 from tdq_plugin.errors import AdapterError, TableMismatchError, TimestepError
 from tdq_plugin.scales.bank import ScaleBank, TrainableBank
 from tdq_plugin.scales.frozen import FrozenBank, Lookup
-from tdq_plugin.table import ScaleTable, check_names, timesteps_tensor
+from tdq_plugin.table import ScaleTable, check_names, load_table, timesteps_tensor
 
 __all__ = ["evaluate_table", "freeze", "frozen_bank", "load_scales", "resolve_timesteps"]
 
@@ -100,12 +101,20 @@ def resolve_timesteps(timesteps: Any) -> Tensor:
     return timesteps_tensor([float(value) for value in values])
 
 
-def load_scales(model: Model, table: ScaleTable, lookup: Lookup = "exact") -> Model:
+def load_scales(model: Model, table: ScaleTable | str | Path, lookup: Lookup = "exact") -> Model:
     """Put a saved table into an attached model; in place.
+
+    Args:
+        model: An attached model, prepared as the one that the table was made for.
+        table: The table, or the file that its `save` wrote.
+        lookup: Rule for timesteps between those of the table, see `FrozenBank`.
 
     Raises:
         TableMismatchError: The table belongs to other layers or other grids.
+        TableFormatError: The file is no table.
     """
+    if not isinstance(table, ScaleTable):
+        table = load_table(table)
     bank = scale_bank(model)
     check_names(expected=bank.names, given=table.names)
     for name, grid in zip(bank.names, bank.grids, strict=True):

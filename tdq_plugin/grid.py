@@ -62,8 +62,8 @@ def check_bits(*numbers: int | None) -> None:
     """See that all numbers of bits are supported; None stands for no choice.
 
     Raises:
-        ConfigError: One is not 2 to 8.
+        ConfigError: One is no whole number from 2 to 8.
     """
     for bits in numbers:
-        if bits is not None and not 2 <= bits <= 8:
-            raise ConfigError(f"{bits} bits are not supported. Choose 2 to 8.")
+        if bits is not None and not (isinstance(bits, int) and 2 <= bits <= 8):
+            raise ConfigError(f"{bits!r} bits are not supported. Choose 2 to 8.")

@@ -22,6 +22,8 @@ TIMESTEP_LAYERS = (
 def choose_layers(layers: Sequence[str], patterns: Sequence[str]) -> list[str]:
     """The layers that match any of the patterns: a name, a module above, or a wildcard.
 
+    A text is one pattern.
+
     Raises:
         ConfigError: A pattern matches nothing.
 
@@ -30,7 +32,7 @@ def choose_layers(layers: Sequence[str], patterns: Sequence[str]) -> list[str]:
         ['conv_in', 'mid.0.conv']
     """
     chosen: set[str] = set()
-    for pattern in patterns:
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
         matched = {
             name for name in layers if fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
         }

@@ -1,12 +1,13 @@
 """The activation quantizer that every adapter uses: it sees `x` and its own scale, never t."""
 
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
 from tdq_plugin.errors import AdapterError
 from tdq_plugin.fake_quantize import StepGradient, fake_quantize
 from tdq_plugin.grid import QuantizationGrid
+from tdq_plugin.options import check_option
 from tdq_plugin.pseudo_quantize import pseudo_quantize
 from tdq_plugin.ranges import affine_range
 from tdq_plugin.scales.bank import BankFactory
@@ -15,6 +16,7 @@ __all__ = ["ActivationQuantizer", "Estimator", "QuantizerMode", "dynamic_range"]
 
 Estimator = Literal["lsq", "pact", "nipq"]
 QuantizerMode = Literal["quantize", "observe", "off", "dynamic"]
+_OPTIONS = {"estimator": get_args(Estimator), "mode": get_args(QuantizerMode)}
 
 
 class ActivationQuantizer(nn.Module):
@@ -33,6 +35,9 @@ class ActivationQuantizer(nn.Module):
             gradient (see `fake_quantize`), `nipq` adds noise instead while the module is in
             training mode (see `pseudo_quantize`). In evaluation all three round.
         observed: Activations seen in mode `observe` since they were last taken away.
+
+    Raises:
+        ConfigError: `mode` or `estimator` is set to none of these words.
     """
 
     def __init__(self, grid: QuantizationGrid) -> None:
@@ -43,6 +48,12 @@ class ActivationQuantizer(nn.Module):
         self.mode: QuantizerMode = "quantize"
         self.estimator: Estimator = "lsq"
         self.observed: list[Tensor] = []
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; a word that is none of the options would train or round as another."""
+        if name in _OPTIONS:
+            check_option(name, value, _OPTIONS[name])
+        super().__setattr__(name, value)
 
     def forward(
         self, x: Tensor, scale: Tensor | None = None, zero_point: Tensor | None = None

@@ -12,7 +12,10 @@ __all__ = ["study"]
 
 
 def study(
-    name: Annotated[str, typer.Argument(help="`digits`, or the path of a study's YAML file.")],
+    name: Annotated[
+        str,
+        typer.Argument(help="`digits`, `models`, `learning-rates`, or the path of a YAML file."),
+    ],
     part: Annotated[
         list[str] | None, typer.Option(help="Do only this part; may be given several times.")
     ] = None,

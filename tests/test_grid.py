@@ -1,5 +1,7 @@
 """Integer grids."""
 
+from typing import Any
+
 import pytest
 
 from tdq_plugin.errors import ConfigError
@@ -22,6 +24,12 @@ def test_grids_have_two_to_the_bits_codes(bits: int) -> None:
 @pytest.mark.parametrize("bits", [-1, 0, 1, 9, 16])
 def test_other_numbers_of_bits(bits: int) -> None:
     with pytest.raises(ConfigError, match=f"^{bits} bits are not supported. Choose 2 to 8.$"):
+        activation_grid(bits)
+
+
+@pytest.mark.parametrize("bits", [4.5, 4.0, "4"])
+def test_bits_that_are_no_whole_number(bits: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^{bits!r} bits are not supported. Choose 2 to 8.$"):
         activation_grid(bits)
 
 

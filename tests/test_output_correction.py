@@ -99,6 +99,21 @@ def test_it_is_fitted_without_dropout(noise: Tensor, correction: tdq.OutputCorre
     assert all(model.dropout.training for model in models)
 
 
+def test_programs_that_have_one_mode_are_fitted(
+    noise: Tensor, correction: tdq.OutputCorrection
+) -> None:
+    """As graphs of `convert_pt2e` are."""
+
+    class OneMode(Dropping):
+        def train(self, mode: bool = True) -> nn.Module:
+            raise NotImplementedError("Calling train() or eval() is not supported")
+
+    model = OneMode(biased)
+    model.dropout.p = 0.0
+    found = tdq.fit_output_correction(model, reference, sampler(), noise)
+    assert torch.equal(found.offsets, correction.offsets)
+
+
 def test_gains_find_what_output_and_sample_tell(noise: Tensor) -> None:
     """Each channel has its own error, which is linear in both."""
     noise = noise.reshape(32, 2, 4, 4)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from tdq_plugin.errors import AdapterError, CalibrationError
+from tdq_plugin.errors import AdapterError, CalibrationError, ConfigError
 from tdq_plugin.fake_quantize import fake_quantize
 from tdq_plugin.grid import activation_grid, weight_grid
 from tdq_plugin.quantizer import ActivationQuantizer, dynamic_range
@@ -24,6 +24,18 @@ def test_quantizes_by_the_given_row() -> None:
     quantizer = ActivationQuantizer(activation_grid(4))
     expected = fake_quantize(X, SCALE, ZERO_POINT, 0, 15)
     assert torch.equal(quantizer(X, SCALE, ZERO_POINT), expected)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "options"),
+    [("estimator", "PACT", "lsq, pact, nipq"), ("mode", "Off", "quantize, observe, off, dynamic")],
+)
+def test_words_that_mean_nothing_are_refused(attribute: str, value: str, options: str) -> None:
+    quantizer = ActivationQuantizer(activation_grid(4))
+    before = getattr(quantizer, attribute)
+    with pytest.raises(ConfigError, match=f"^{attribute} = '{value}' is not one of {options}"):
+        setattr(quantizer, attribute, value)
+    assert getattr(quantizer, attribute) == before
 
 
 def test_off_and_observe_pass_the_activation_through() -> None:

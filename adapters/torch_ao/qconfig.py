@@ -16,6 +16,7 @@ from torch.ao.quantization.backend_config import (
 )
 
 from tdq_plugin.adapters.torch_ao.fake_quantize import TDQFakeQuantize, TDQWeightFakeQuantize
+from tdq_plugin.errors import AdapterError
 from tdq_plugin.graph.compute import LAYERS, PRODUCTS, inner_layers, is_layer, unsupported
 from tdq_plugin.graph.timestep_path import Source, sees_samples, sources
 from tdq_plugin.layer_names import choose_layers
@@ -74,8 +75,14 @@ def tdq_qconfig_mapping(
         A `QConfigMapping`.
 
     Raises:
+        AdapterError: The model is not traced.
         ConfigError: An entry of `float_layers` matches no layer.
     """
+    if not isinstance(graph_module, fx.GraphModule):
+        raise AdapterError(
+            f"A {type(graph_module).__name__} is no graph, and layers that see only the timestep "
+            "are found in one. Give the mapping what tdq_plugin.trace(model, example) returns."
+        )
     symmetric = symmetric_activations, symmetric_weights
     qconfig = tdq_qconfig(activation_bits, weight_bits, *symmetric)
     mapping = QConfigMapping().set_global(None)

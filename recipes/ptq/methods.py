@@ -169,5 +169,8 @@ def covers_trained_methods(training: Names, used: Collection[str]) -> Names:
     """
     missing = sorted(name for name in used if METHODS[name].trained and name not in training)
     if missing:
-        raise ValueError(f"{missing} are trained and have no entry")
+        raise ValueError(
+            f"{missing} are trained and have no entry; add "
+            f"training.{missing[0]}={{learning_rate: 3e-3, weight_at_zero: 0.25}}"
+        )
     return training

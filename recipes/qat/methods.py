@@ -141,7 +141,7 @@ def check_methods(names: Sequence[str], model: nn.Module, adapter: str) -> None:
         others = ", ".join(name for name in names if name not in noisy)
         raise ConfigError(
             f"{noisy} add noise to weights, and {adapter} rounds weights itself. "
-            f"Leave them out: methods=[{others or 'lsq, tdq'}]."
+            f"Choose others, such as {others or 'lsq, tdq'}."
         )
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from tdq_plugin.deploy.activations import QuantizerRow, int8_shift, uint8_shift
 from tdq_plugin.deploy.timestep_values import TimestepValues
+from tdq_plugin.errors import ScaleError
 from tdq_plugin.scales.frozen import FrozenBank
 
 __all__ = ["TimestepLookup"]
@@ -49,9 +50,15 @@ class TimestepLookup(nn.Module):
 
         Raises:
             LookupRuleError: A timestep is not covered by the table.
+            ScaleError: There are neither one timestep nor as many as samples.
         """
         if self._is_static is None:
             self._prepare()
+        if len(timesteps) not in (1, sample.shape[0]):
+            raise ScaleError(
+                f"{len(timesteps)} timesteps were given for {sample.shape[0]} samples. Give one, "
+                "or one for each sample."
+            )
         if len(timesteps) > 1 and bool((timesteps == timesteps[0]).all()):
             timesteps = timesteps[:1]
         rows, index = self._find(timesteps)

@@ -79,7 +79,8 @@ def load_int8(
 
     Raises:
         TableFormatError: A file is missing, truncated, or of an unknown version.
-        TableMismatchError: The folder belongs to another architecture, or to other heads.
+        TableMismatchError: The folder belongs to another architecture, or to other heads, if its
+            `extra` notes `attention_heads`, as recipes do.
     """
     content = read_description(folder)
     description, lookup = _parse(folder, content)

@@ -86,8 +86,11 @@ def collect_trajectories(
 
     Raises:
         CalibrationError: The budget does not hold one sample per timestep.
-        ConfigError: There is no such distribution, or a condition has another number of rows.
+        ConfigError: There is no such distribution, a condition has another number of rows, or there
+            is no image.
     """
+    if images < 1:
+        raise ConfigError(f"images = {images}: give 1 or more.")
     steps = list(scheduler.timesteps)
     conditions = {name: value.to(device) for name, value in (conditions or {}).items()}
     _check_rows(conditions, images)

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor, fx, nn
 
 from tdq_plugin.attach import named_quantizers, scale_bank
-from tdq_plugin.errors import AdapterError
+from tdq_plugin.errors import AdapterError, CalibrationError
 from tdq_plugin.evaluation_mode import evaluation_mode
 from tdq_plugin.reconstruct.blocks import Block, find_blocks, run_block
 from tdq_plugin.reconstruct.checkpoint import Checkpoint
@@ -68,11 +68,16 @@ def reconstruct(
         AdapterError: The model's bank is frozen, it is no graph and shall be trained by blocks,
             its rounding shall be learned and it has no weight quantizers, or its inputs are not
             those of the data.
-        CalibrationError: The loss is not finite.
+        CalibrationError: The data are no `CalibrationSet` or empty, or the loss is not finite.
         ConfigError: The checkpoint belongs to another configuration, bank or model, or to this
             model before it was reconstructed.
     """
     config = config or ReconstructionConfig()
+    if not isinstance(data, CalibrationSet) or not len(data):
+        raise CalibrationError(
+            f"data is {'empty' if isinstance(data, CalibrationSet) else type(data).__name__}. Give "
+            "it what collect_trajectories returns, or CalibrationSet(samples, timesteps)."
+        )
     bank = scale_bank(model)
     if not isinstance(bank, TrainableBank):
         raise AdapterError(

@@ -103,8 +103,12 @@ class FrozenBank(ScaleBank):
     def _complaint(self, wrong: list[float]) -> str:
         low, high = float(self.timesteps[0]), float(self.timesteps[-1])
         shown = ", ".join(f"{t:g}" for t in wrong[:5])
+        remedy = "Freeze with the timesteps that the sampler visits"
+        if self.lookup == "exact":
+            remedy += ", or choose lookup='nearest' or 'linear' for timesteps in between"
+        else:
+            remedy += ": between the first and the last of them, this rule finds a scale"
         return (
             f"Timestep {shown} is not in the frozen table of {len(self.timesteps)} timesteps "
-            f"({low:g} .. {high:g}, lookup={self.lookup!r}). Freeze with the timesteps that the "
-            "sampler visits, or choose lookup='nearest' or 'linear' for timesteps in between."
+            f"({low:g} .. {high:g}, lookup={self.lookup!r}). {remedy}."
         )

@@ -91,8 +91,11 @@ def test_activations_that_are_not_finite(make):
 
 def test_calibration_without_data_or_beyond_the_process(make):
     model = make()
-    with raises_and_leaves(model, CalibrationError, "saw no calibration data"):
+    with raises_and_leaves(model, CalibrationError, r"^There are no batches\. Give a list of them"):
         tdq.calibrate(model, [])
+    bare = model, CalibrationError, r"^A batch is a Tensor\. Give the calibration a list"
+    with raises_and_leaves(*bare):
+        tdq.calibrate(model, (SAMPLE, torch.tensor(10)))
     with raises_and_leaves(model, CalibrationError, r"not within 0 \.\. 1000"):
         tdq.calibrate(model, [(SAMPLE, 1000)])
 

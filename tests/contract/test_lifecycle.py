@@ -24,7 +24,7 @@ def test_state_dict_of_an_attached_model_loads_into_a_fresh_one(make, attach_onl
 def test_table_loads_into_a_fresh_model(make, attach_only, tmp_path):
     frozen, fresh = tdq.freeze(make(), STEPS), attach_only()
     tdq.scale_bank(frozen).table.save(tmp_path / "table.safetensors")
-    tdq.load_scales(fresh, tdq.load_table(tmp_path / "table.safetensors"))
+    tdq.load_scales(fresh, tmp_path / "table.safetensors")
     fresh.load_state_dict(frozen.state_dict())
     for step in STEPS:
         assert torch.equal(fresh(SAMPLE, step), frozen(SAMPLE, step))

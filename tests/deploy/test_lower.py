@@ -24,7 +24,7 @@ from tdq_plugin.deploy import lower_to_int8
 from tdq_plugin.deploy.activations import TableCodes, TableValues
 from tdq_plugin.deploy.layers import Int8Layer
 from tdq_plugin.deploy.weights import int8_layer, weight_quantizer
-from tdq_plugin.errors import AdapterError, ConfigError, LookupRuleError, TraceError
+from tdq_plugin.errors import AdapterError, ConfigError, LookupRuleError, ScaleError, TraceError
 from tdq_plugin.fake_quantize import quantize
 
 MIXED = torch.tensor([999, 0, 250, 600])
@@ -233,6 +233,13 @@ def test_a_timestep_outside_the_table_is_an_error(model):
     for timestep in (3, torch.tensor([0, 3, 250, 999])):
         with pytest.raises(LookupRuleError, match="Timestep 3 is not in the frozen table"):
             lowered(SAMPLE, timestep)
+
+
+@pytest.mark.parametrize("timesteps", [[250, 250, 250], [0, 250, 600], [0, 0]])
+def test_as_many_timesteps_as_neither_calls_nor_samples(model, timesteps):
+    message = f"^{len(timesteps)} timesteps were given for 4 samples. Give one, or one for each"
+    with pytest.raises(ScaleError, match=message):
+        lower_to_int8(model)(SAMPLE, torch.tensor(timesteps))
 
 
 @pytest.mark.parametrize("cache", [True, False])

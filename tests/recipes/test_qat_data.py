@@ -121,6 +121,10 @@ def test_a_pipeline_without_folders(tiny_pipeline: Path, tmp_path: Path) -> None
             FlowMatchEulerDiscreteScheduler(),
             "has a FlowMatchEulerDiscreteScheduler without beta_schedule; this recipe takes models",
         ),
+        (
+            DDIMScheduler(num_train_timesteps=4000),
+            r"has a process of 4000 timesteps; the methods of the recipes are made for 1000\. In a",
+        ),
         (ScoreSdeVeScheduler(), "has a ScoreSdeVeScheduler without beta_schedule"),
     ],
 )

@@ -42,6 +42,12 @@ def test_the_first_samples_are_noise_and_later_ones_come_from_the_scheduler(sche
         assert torch.equal(following, data.samples[index + 1 : index + 2])
 
 
+@pytest.mark.parametrize("images", [0, -1])
+def test_no_image(scheduler, images):
+    with pytest.raises(ConfigError, match=f"^images = {images}: give 1 or more"):
+        collect_trajectories(half, scheduler, SHAPE, images=images)
+
+
 def test_dropout_is_not_in_the_trajectories(scheduler):
     model = Dropping()
     data = collect_trajectories(model, scheduler, SHAPE, images=2)

@@ -126,6 +126,16 @@ def test_a_checkpoint_of_another_configuration_is_refused(model, data, tmp_path)
         reconstruct(model, data, ReconstructionConfig(iterations=1), checkpoint=checkpoint)
 
 
+def test_data_that_are_none(model, data):
+    with pytest.raises(
+        CalibrationError, match=r"^data is list\. Give it what collect_trajectories"
+    ):
+        reconstruct(model, [(data.samples, data.timesteps)])
+    nothing = CalibrationSet(data.samples[:0], data.timesteps[:0])
+    with pytest.raises(CalibrationError, match=r"^data is empty\. Give it what"):
+        reconstruct(model, nothing)
+
+
 def test_samples_that_are_not_finite_are_refused(model, data):
     broken = CalibrationSet(data.samples * float("nan"), data.timesteps)
     with pytest.raises(CalibrationError, match="loss of block 'network' is nan at step 0"):

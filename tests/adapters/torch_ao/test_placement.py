@@ -17,7 +17,7 @@ from tdq_plugin.adapters.torch_ao import (
     tdq_qconfig,
     tdq_qconfig_mapping,
 )
-from tdq_plugin.errors import ConfigError
+from tdq_plugin.errors import AdapterError, ConfigError
 from tdq_plugin.graph.compute import is_quantizer, operand_indices
 
 
@@ -173,8 +173,15 @@ def test_unknown_float_layer_and_bits(unet, unet_inputs):
         tdq_qconfig_mapping(graph, float_layers=("conv_inn",))
     with pytest.raises(ConfigError, match="9 bits are not supported"):
         TDQFakeQuantize(bits=9)
-    named = tdq_qconfig_mapping(graph, float_layers=("mid_block",)).module_name_qconfigs
-    assert named["mid_block.resnets.0.conv1"] is None
+    for one in (("mid_block",), "mid_block"):
+        named = tdq_qconfig_mapping(graph, float_layers=one).module_name_qconfigs
+        assert named["mid_block.resnets.0.conv1"] is None
+        assert named.get("down_blocks.0.resnets.0.conv1", "as its type") == "as its type"
+
+
+def test_a_mapping_for_a_model_that_is_not_traced(unet):
+    with pytest.raises(AdapterError, match=r"^A UNet2DModel is no graph, .*tdq_plugin\.trace"):
+        tdq_qconfig_mapping(unet)
 
 
 def test_torch_ao_switches(prepare):
