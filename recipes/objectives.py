@@ -12,9 +12,9 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from tdq_plugin.model_output import first_tensor
 from tdq_plugin.recipes.evaluation.sampling import Denoiser
 from tdq_plugin.reconstruct import CalibrationSet
-from tdq_plugin.reconstruct.collect import first_tensor
 
 __all__ = [
     "Batch",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tdq_plugin.adapters.brevitas.export.lookup import LookupBank, exported_table
 from tdq_plugin.errors import AdapterError
 from tdq_plugin.float32 import require_float32
-from tdq_plugin.reconstruct.collect import first_tensor
+from tdq_plugin.model_output import first_tensor
 
 __all__ = ["ExampleInputs", "ExportedModel", "check_quantizers"]
 
