@@ -10,6 +10,7 @@ from torch import nn
 import tdq_plugin as tdq
 from tdq_plugin.files import atomic_folder
 from tdq_plugin.freeze import evaluate_table
+from tdq_plugin.output_correction import CORRECTION_FILE
 from tdq_plugin.recipes.float_model import attention_heads
 from tdq_plugin.recipes.frameworks import Framework
 from tdq_plugin.recipes.plan import parameter_bytes
@@ -47,7 +48,7 @@ def save_model(
         noted = {**extra, "attention_heads": attention_heads(unet)}
         framework.save(model.cpu(), temporary / "int8", noted)
         if correction is not None:
-            shutil.copy(correction, temporary / "output_correction.safetensors")
+            shutil.copy(correction, temporary / CORRECTION_FILE)
     return {"float32": parameter_bytes(unet), "int8": _folder_bytes(folder)}
 
 

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 __all__ = ["architecture", "export"]
 
 export = typer.Typer(help="Convert a saved model for another runtime.", no_args_is_help=True)
-CORRECTION = "output_correction.safetensors"
 
 
 @export.command()
@@ -35,21 +34,24 @@ def openvino(
     from tdq_plugin.deploy.openvino import OVDenoiser, to_openvino
     from tdq_plugin.deploy.package import load_int8
     from tdq_plugin.files import atomic_folder
+    from tdq_plugin.output_correction import CORRECTION_FILE
 
     unet = architecture(model)
     size = unet.config.sample_size
     example = torch.zeros(2, unet.config.in_channels, size, size), torch.zeros(2)
     converted = to_openvino(load_int8(model / "int8", unet, example), example)
-    corrected = (model / CORRECTION).exists()
+    corrected = (model / CORRECTION_FILE).exists()
     with atomic_folder(folder, marker="scheduler/scheduler_config.json") as temporary:
         OVDenoiser(converted, unet.config).save(temporary / "unet")
         DDIMScheduler.from_pretrained(model / "scheduler").save_pretrained(temporary / "scheduler")
         if corrected:
-            shutil.copy(model / CORRECTION, temporary / CORRECTION)
+            shutil.copy(model / CORRECTION_FILE, temporary / CORRECTION_FILE)
     typer.echo(converted.report)
     typer.echo(f"The model is in {folder}")
     if corrected:
-        typer.echo(f"Its output correction, which the UNet does not apply, is {CORRECTION} there.")
+        typer.echo(
+            f"Its output correction, which the UNet does not apply, is {CORRECTION_FILE} there."
+        )
 
 
 def architecture(model: Path) -> "UNet2DModel":

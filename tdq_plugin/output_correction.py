@@ -15,8 +15,10 @@ from tdq_plugin.files import atomic_file
 from tdq_plugin.float32 import Float32Module
 from tdq_plugin.timestep import as_timesteps
 
-__all__ = ["CorrectedDenoiser", "OutputCorrection", "load_correction"]
+__all__ = ["CORRECTION_FILE", "CorrectedDenoiser", "OutputCorrection", "load_correction"]
 
+# Its name beside a saved model.
+CORRECTION_FILE = "output_correction.safetensors"
 FORMAT_VERSION = 2
 _TENSORS = ("timesteps", "output_gains", "sample_gains", "offsets")
 _METADATA = {"format": "tdq-output-correction", "version": str(FORMAT_VERSION)}

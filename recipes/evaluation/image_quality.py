@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tdq_plugin.errors import ConfigError
 from tdq_plugin.extras import INSTALL
 from tdq_plugin.recipes.digits_classifier import load_classifier
+from tdq_plugin.study.metrics import require_finite
 
 __all__ = [
     "FEATURE_SPACES",
@@ -115,12 +116,7 @@ def as_bytes(images: Tensor) -> Tensor:
     Raises:
         ConfigError: A pixel is not finite; as a byte it would be grey or black.
     """
-    broken = int((~images.isfinite()).flatten(1).any(dim=1).sum())
-    if broken:
-        raise ConfigError(
-            f"{broken} of {len(images)} images have pixels that are not finite. "
-            "Look at the samples: the model that drew them has probably diverged."
-        )
+    require_finite(images, "pixels")
     pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
 

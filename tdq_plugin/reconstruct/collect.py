@@ -89,18 +89,12 @@ def collect_trajectories(
         ConfigError: There is no such distribution, a condition has another number of rows, or there
             is no image.
     """
-    if images < 1:
-        raise ConfigError(f"images = {images}: give 1 or more.")
     steps = list(scheduler.timesteps)
     conditions = {name: value.to(device) for name, value in (conditions or {}).items()}
-    _check_rows(conditions, images)
+    _check_images(images, conditions)
     row_bytes = _row_bytes(sample_shape, conditions)
     counts = samples_per_step(len(steps), images, distribution, row_bytes, byte_budget)
-    generator = torch.Generator().manual_seed(seed)
-    sizes = [min(batch_size, images - start) for start in range(0, images, batch_size)]
-    starts = [torch.randn(size, *sample_shape, generator=generator) for size in sizes]
-    # Chosen beforehand, so that no more than the budget is ever held.
-    wanted = [torch.randperm(images, generator=generator)[:count] for count in counts]
+    starts, wanted = _draws(images, sample_shape, batch_size, counts, seed)
     kept = [torch.empty(count, *sample_shape, device=device) for count in counts]
     with evaluation_mode(model):
         for batch, start in enumerate(starts):
@@ -132,7 +126,20 @@ def _row_bytes(sample_shape: tuple[int, ...], conditions: Mapping[str, Tensor]) 
     return 4 * torch.Size(sample_shape).numel() + conditioned
 
 
-def _check_rows(conditions: Mapping[str, Tensor], images: int) -> None:
+def _draws(
+    images: int, sample_shape: tuple[int, ...], batch_size: int, counts: list[int], seed: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The noise that each batch starts from, and the images that are kept of each step."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [min(batch_size, images - start) for start in range(0, images, batch_size)]
+    starts = [torch.randn(size, *sample_shape, generator=generator) for size in sizes]
+    # Chosen beforehand, so that no more than the budget is ever held.
+    return starts, [torch.randperm(images, generator=generator)[:count] for count in counts]
+
+
+def _check_images(images: int, conditions: Mapping[str, Tensor]) -> None:
+    if images < 1:
+        raise ConfigError(f"images = {images}: give 1 or more.")
     for name, value in conditions.items():
         if len(value) != images:
             raise ConfigError(

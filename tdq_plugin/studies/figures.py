@@ -80,15 +80,13 @@ def error_ratios(groups: Sequence[Group], runs: Sequence[FinishedRun]) -> list[P
 
 def samples(groups: Sequence[Group], runs: Sequence[FinishedRun]) -> list[Picture]:
     """Images of the last group's methods, from the same noise."""
-    for group in groups[-1:]:
-        kept = _kept(group, lambda run: run.images)
-        if kept:
-            float32 = next(run.images[run.FLOAT] for run in group.runs if run.images)
-            png = sample_grid({"float32": float32, **kept}, len(float32))
-            caption = "Every column starts from the same noise. "
-            caption += f"Not chosen: the first {len(float32)}."
-            return [Picture("samples", f"Samples, {group.name}", png, caption)]
-    return []
+    kept = _kept(groups[-1], lambda run: run.images) if groups else {}
+    if not kept:
+        return []
+    float32 = next(run.images[run.FLOAT] for run in groups[-1].runs if run.images)
+    png = sample_grid({"float32": float32, **kept}, len(float32))
+    caption = f"Every column starts from the same noise. Not chosen: the first {len(float32)}."
+    return [Picture("samples", f"Samples, {groups[-1].name}", png, caption)]
 
 
 def ranges(groups: Sequence[Group], runs: Sequence[FinishedRun]) -> list[Picture]:

@@ -11,7 +11,7 @@ from tdq_plugin.errors import ConfigError
 if TYPE_CHECKING:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-__all__ = ["FrechetReference", "classifier_score"]
+__all__ = ["FrechetReference", "classifier_score", "require_finite"]
 
 
 class FrechetReference:
@@ -58,12 +58,7 @@ class FrechetReference:
         starts = range(0, len(images), self.batch_size)
         batches = [self.feature_network(images[i : i + self.batch_size]) for i in starts]
         features = torch.cat(batches).double()
-        broken = int((~features.isfinite()).any(dim=1).sum())
-        if broken:
-            raise ConfigError(
-                f"{broken} of {len(images)} images have features that are not finite. "
-                "Look at the samples: the model that drew them has probably diverged."
-            )
+        require_finite(features, "features")
         return features
 
     def distance(self, images: Tensor) -> float:
@@ -75,6 +70,24 @@ class FrechetReference:
         self._metric.reset()
         self._metric.update(self.features(images), real=False)
         return float(self._metric.compute())
+
+
+def require_finite(values: Tensor, what: str) -> None:
+    """See that a model has drawn images, not infinities.
+
+    Args:
+        values: Of N images, shape `(N, ...)`.
+        what: They are, for the message.
+
+    Raises:
+        ConfigError: A value is not finite.
+    """
+    broken = int((~values.isfinite()).flatten(1).any(dim=1).sum())
+    if broken:
+        raise ConfigError(
+            f"{broken} of {len(values)} images have {what} that are not finite. "
+            "Look at the samples: the model that drew them has probably diverged."
+        )
 
 
 def _metric_on_features(dimension: int) -> "FrechetInceptionDistance":

@@ -13,7 +13,7 @@ import tdq_plugin as tdq
 from tdq_plugin.cli import app
 from tdq_plugin.deploy import lower_to_int8, save_int8
 from tdq_plugin.deploy.openvino import OVDenoiser
-from tdq_plugin.export_cli import CORRECTION
+from tdq_plugin.output_correction import CORRECTION_FILE
 
 ENVIRONMENT = {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
 
@@ -62,11 +62,13 @@ def test_the_output_correction_comes_along(tmp_path):
     timesteps, ones = torch.tensor([0.0, 250.0, 500.0, 750.0]), torch.ones(4, 1)
     offsets = torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 1, 8, 8)
     fitted = tdq.OutputCorrection(timesteps, ones, 0 * ones, offsets)
-    fitted.save(tmp_path / "model" / CORRECTION)
+    fitted.save(tmp_path / "model" / CORRECTION_FILE)
     result = export(tmp_path / "model", tmp_path / "openvino")
     assert result.exit_code == 0, result.output
-    assert f"output correction, which the UNet does not apply, is {CORRECTION}" in result.stdout
-    correction = tdq.load_correction(tmp_path / "openvino" / CORRECTION)
+    assert (
+        f"output correction, which the UNet does not apply, is {CORRECTION_FILE}" in result.stdout
+    )
+    correction = tdq.load_correction(tmp_path / "openvino" / CORRECTION_FILE)
     denoiser = OVDenoiser.load(tmp_path / "openvino" / "unet")
     sample = torch.randn(2, 1, 8, 8)
     corrected = tdq.CorrectedDenoiser(denoiser, correction)(sample, 250).sample
