@@ -9,6 +9,7 @@ from tdq_plugin.freeze import freeze, load_scales
 from tdq_plugin.graph import trace
 from tdq_plugin.grid import QuantizationGrid, activation_grid, weight_grid
 from tdq_plugin.output_correction import CorrectedDenoiser, OutputCorrection, load_correction
+from tdq_plugin.pipeline_denoiser import PipelineDenoiser
 from tdq_plugin.reconstruct import ReconstructionConfig, collect_trajectories, reconstruct
 from tdq_plugin.scales import (
     ConstantBank,
@@ -28,6 +29,7 @@ __all__ = [
     "GeneratorConfig",
     "LearnedTableBank",
     "OutputCorrection",
+    "PipelineDenoiser",
     "QuantizationGrid",
     "ReconstructionConfig",
     "ScaleBank",
