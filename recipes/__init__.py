@@ -56,16 +56,13 @@ class Recipe:
         return run(config)
 
     def plan(self, config: "RecipeConfig") -> str:
-        """What `run` would do; recipes with a function `plan(config)` check model and data too.
+        """Check model, data and folder, and say what `run` would do.
 
         Raises:
             ConfigError: `run` would stop.
         """
         self._require_output(config)
-        module = self._load()
-        if hasattr(module, "plan"):
-            return str(module.plan(config))
-        return f"The configuration is valid. Results would be in {config.run_folder}"
+        return str(self._load().plan(config))
 
     def _require_output(self, config: "RecipeConfig") -> None:
         from tdq_plugin.recipes.config import require_writable

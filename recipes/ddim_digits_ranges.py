@@ -19,14 +19,16 @@ from tdq_plugin.grid import QuantizationGrid
 from tdq_plugin.observe import Observation
 from tdq_plugin.ranges import rounding_error, search_range, search_scale
 from tdq_plugin.recipes.bits import Bits, BitsName
-from tdq_plugin.recipes.calibration import TrajectorySection, collect, observe
+from tdq_plugin.recipes.calibration import TrajectorySection, collect, observe, placeholder
 from tdq_plugin.recipes.config import ASSETS, RecipeConfig, filled_in
+from tdq_plugin.recipes.evaluation.sampling import scheduler_with
 from tdq_plugin.recipes.float_model import load_float_model
 from tdq_plugin.recipes.frameworks import load_framework
+from tdq_plugin.recipes.plan import Plan
 from tdq_plugin.recipes.report_parts import command, dynamics, versions
-from tdq_plugin.recipes.run_state import RunState
+from tdq_plugin.recipes.run_state import RunState, check_folder
 
-__all__ = ["RangesConfig", "run"]
+__all__ = ["RangesConfig", "plan", "run"]
 
 RECIPE = "ddim-digits-ranges"
 MODEL = ASSETS / "ddim-digits"
@@ -53,6 +55,22 @@ class RangesConfig(RecipeConfig):
         """Where the results go; `{bits}`, `{steps}` and `{seed}` are filled in."""
         filled = self.model_dump(include={"bits", "steps", "seed"})
         return self.output / filled_in(self.name, **filled)
+
+
+def plan(config: RangesConfig) -> Plan:
+    """Check run folder and model, and say what a run would do."""
+    check_folder(config.run_folder, config.model_dump(mode="json"), config.changeable)
+    model = load_float_model(config.model)
+    scheduler_with(model.scheduler, config.steps)
+    framework = load_framework("torch_ao")
+    quantized = framework.prepare(model.unet, placeholder(model), Bits.parse(config.bits))
+    lines = {
+        "model": f"{config.model}, {model.describe()}",
+        "quantizers": f"{len(tdq.scale_bank(quantized).names)} activations, {config.bits}",
+        "observed": f"{config.calibration.images} trajectories of {config.steps} DDIM steps",
+        "results": str(config.run_folder),
+    }
+    return Plan(f"tdq run {RECIPE}", lines)
 
 
 def run(config: RangesConfig) -> Path:

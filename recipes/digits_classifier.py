@@ -14,6 +14,7 @@ from tdq_plugin.errors import ConfigError
 from tdq_plugin.files import atomic_folder
 from tdq_plugin.recipes.config import ASSETS, RecipeConfig
 from tdq_plugin.recipes.digits import load_digits
+from tdq_plugin.recipes.plan import Plan
 from tdq_plugin.recipes.run_state import check_new_folder
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "DigitClassifier",
     "accuracy",
     "load_classifier",
+    "plan",
     "run",
     "split_digits",
 ]
@@ -94,6 +96,18 @@ def split_digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return (images[~held_out], labels[~held_out]), (images[held_out], labels[held_out])
 
 
+def plan(config: ClassifierConfig) -> Plan:
+    """Check the run folder, and say what a run would do."""
+    check_new_folder(config.run_folder)
+    (images, _), (held_out, _) = split_digits()
+    lines = {
+        "data": f"{len(images):,} training digits, {len(held_out):,} held out",
+        "steps": f"{_steps(config, len(images)):,} of {config.batch_size} images",
+        "results": str(config.run_folder),
+    }
+    return Plan("tdq run digits-classifier", lines)
+
+
 def run(config: ClassifierConfig) -> Path:
     """Train, save `model.safetensors` and `config.json`; return the folder."""
     torch.set_num_threads(config.threads)
@@ -101,7 +115,7 @@ def run(config: ClassifierConfig) -> Path:
     check_new_folder(config.run_folder)
     (images, labels), held_out = split_digits()
     model = DigitClassifier()
-    steps = config.epochs * len(images) // config.batch_size
+    steps = _steps(config, len(images))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, steps)
     for _ in tqdm(range(steps), desc="classifier"):
@@ -113,6 +127,10 @@ def run(config: ClassifierConfig) -> Path:
         optimizer.zero_grad()
     _save(config, model, accuracy(model, *held_out))
     return config.run_folder
+
+
+def _steps(config: ClassifierConfig, images: int) -> int:
+    return config.epochs * images // config.batch_size
 
 
 def augment(images: Tensor, max_shift: int, noise: float) -> Tensor:

@@ -32,6 +32,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         The path to write to. It is removed if the block raises, and `path` stays as it was.
 
     Raises:
+        ConfigError: There is a folder at `path`.
         OSError: Whatever the write itself raised, for example a full disk; safetensors' own error
             becomes a `StorageError`, which is one.
 
@@ -45,6 +46,8 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """
     # What a link points to is replaced, not the link.
     path = Path(path).resolve()
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; give the name of a file in it.")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)

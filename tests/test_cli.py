@@ -45,7 +45,7 @@ def test_show_config_prints_yaml_with_the_overrides() -> None:
 def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     result = tdq("run", "digits-classifier", f"output={tmp_path}", "--dry-run")
     assert result.exit_code == 0
-    assert f"Results would be in {tmp_path / 'digits-classifier'}" in result.stdout
+    assert f"results  {tmp_path / 'digits-classifier'}" in result.stdout
     assert list(tmp_path.iterdir()) == []
 
 

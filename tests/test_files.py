@@ -85,6 +85,15 @@ def test_a_folder_does_not_replace_a_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_does_not_replace_a_folder(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ConfigError, match=f"{tmp_path.name} is a folder; give the name of a file"),
+        atomic_file(tmp_path) as temporary,
+    ):
+        temporary.write_text("")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_others_may_read_what_was_written(tmp_path: Path) -> None:
     mask = os.umask(0o022)
     try:

@@ -1,5 +1,6 @@
 """`prepare`: give the quantizers that `nncf.quantize` placed to TDQ."""
 
+import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -57,7 +58,8 @@ def prepare(
 
     Raises:
         AdapterError: NNCF did not quantize the model, it quantized the timestep's path, it made a
-            quantizer that TDQ cannot use, or the model is prepared already. It is as it was.
+            quantizer that TDQ cannot use, the model is prepared already, or the example is no
+            call of it. It is as it was.
         ConfigError: Bits are not 2 to 8, or an entry of `float_layers` matches no layer.
         TimestepError: The model has no timestep argument, or the example gives no tensor for it.
     """
@@ -89,6 +91,7 @@ def _sites(model: nn.Module, example_inputs: Any, timestep_argument: str | None)
     """The quantizers of the model, all of which TDQ can use."""
     _check_model(model)
     timestep = find_timestep_argument(model.forward, timestep_argument)
+    _check_example(model, example_inputs)
     graph = build_nncf_graph(model, example_inputs)
     inputs = [node.node_name for node in graph.get_input_nodes()]
     if timestep not in inputs:
@@ -107,6 +110,18 @@ def _sites(model: nn.Module, example_inputs: Any, timestep_argument: str | None)
                 "tdq_quantize_settings()."
             )
     return sites
+
+
+def _check_example(model: nn.Module, example_inputs: Any) -> None:
+    by_name = isinstance(example_inputs, dict)
+    args, kwargs = ((), example_inputs) if by_name else (tuple(example_inputs), {})
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise AdapterError(
+            f"example_inputs are no call of this {type(model).__name__}: {error}. Give what "
+            "nncf.Dataset gives: a tuple (sample, timestep, ...) or a dictionary by name."
+        ) from error
 
 
 def _check_model(model: nn.Module) -> None:

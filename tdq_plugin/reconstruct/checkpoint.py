@@ -34,12 +34,17 @@ class Checkpoint:
         path: The file; None keeps nothing.
         model: The attached model, its weights not yet rounded.
         config: How it is trained.
+
+    Raises:
+        ConfigError: The path is a folder.
     """
 
     def __init__(
         self, path: str | Path | None, model: nn.Module, config: ReconstructionConfig
     ) -> None:
         self._path = None if path is None else Path(path)
+        if self._path is not None and self._path.is_dir():
+            raise ConfigError(f"checkpoint={str(path)!r} is a folder; give a file in it.")
         self._bank = scale_bank(model)
         self._belongs_to = {} if path is None else _belongs_to(model, config)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from tdq_plugin.errors import ConfigError
+from tdq_plugin.errors import ConfigError, TimestepError
 from tdq_plugin.grid import QuantizationGrid
 from tdq_plugin.options import check_option
 from tdq_plugin.scales.bank import Output, TrainableBank
@@ -37,7 +37,8 @@ class GeneratorConfig:
         output: Exponential relative to the static scale, or softplus.
         initialisation: `zero_output` starts at the static scale for every t; `he` draws every
             layer by He initialisation, as the paper does.
-        num_timesteps: Length of the diffusion process; scales the band-limited encoding.
+        num_timesteps: Length of the diffusion process; scales the band-limited encoding, which
+            repeats itself beyond.
 
     Raises:
         ConfigError: A size is not positive, `encoding_size` is odd, or there is no such encoding
@@ -108,10 +109,12 @@ class GeneratorBank(TrainableBank):
             nn.init.zeros_(self.weights[-1])
 
     def curves(self, timesteps: Tensor) -> Tensor:
+        self._check(timesteps)
         return self._evaluate(timesteps, [*self.weights], [*self.biases])
 
     def fit(self, timesteps: Tensor, curves: Tensor, iterations: int = 400) -> None:
         """Regress the generators onto the given curves with Adam."""
+        self._check(timesteps)
         current = [*self.weights, *self.biases]
         # Copies can be trained whatever the mode of the caller and the flags of the parameters.
         with torch.inference_mode(False), torch.enable_grad():
@@ -135,6 +138,20 @@ class GeneratorBank(TrainableBank):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.config}"
+
+    def _check(self, timesteps: Tensor) -> None:
+        """See that a band-limited encoding is not asked where it repeats itself."""
+        if self.config.encoding == "geometric" or torch.compiler.is_compiling():
+            return
+        low, high = float(timesteps.min()), float(timesteps.max())
+        # Flow matching starts at the very end.
+        if low < 0 or high > self.config.num_timesteps:
+            raise TimestepError(
+                f"Timesteps {low:g} .. {high:g} are not within 0 .. {self.config.num_timesteps}, "
+                "where the generators are smooth functions of t. Build the bank with a larger "
+                "num_timesteps: attach(model, bank=partial(GeneratorBank, "
+                "config=GeneratorConfig(num_timesteps=...)))."
+            )
 
     def _evaluate(self, timesteps: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
         encoded = fourier_encoding(timesteps, self.frequencies)

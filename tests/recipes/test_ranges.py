@@ -1,15 +1,18 @@
 """The recipe `ddim-digits-ranges` on a tiny model."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from tdq_plugin.errors import ConfigError
 from tdq_plugin.grid import activation_grid
 from tdq_plugin.observe import Observation
 from tdq_plugin.recipes import find_recipe
 from tdq_plugin.recipes.ddim_digits_ranges import _layer
+from tdq_plugin.recipes.run_state import RunState
 
 RANGES = find_recipe("ddim-digits-ranges")
 
@@ -32,6 +35,19 @@ def test_every_layer_is_measured_at_every_timestep(
             for best, static in zip(layer["timestep_error"], layer["static_error"], strict=True)
         )
     assert "over 0.5 in" in capsys.readouterr().out
+
+
+def test_dry_run_checks_model_and_folder(tiny_pipeline: Path, tmp_path: Path) -> None:
+    settings = ["steps=4", f"model={tiny_pipeline}", f"output={tmp_path}"]
+    plan = RANGES.plan(RANGES.configure(settings))
+    assert re.search(r"quantizers +\d+ activations, W4A4\n +observed +256 trajectories of 4", plan)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ConfigError, match="is neither the folder of a saved diffusers pipeline"):
+        RANGES.plan(RANGES.configure([f"model={tmp_path}/none", f"output={tmp_path}"]))
+    config = RANGES.configure(settings)
+    RunState(config.run_folder, config.model_dump(mode="json"), config.changeable)
+    with pytest.raises(ConfigError, match=r"calibration\.images"):
+        RANGES.plan(RANGES.configure([*settings, "calibration.images=2"]))
 
 
 def test_one_scale_for_all_costs_most_where_values_are_small() -> None:

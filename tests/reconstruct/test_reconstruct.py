@@ -126,6 +126,11 @@ def test_a_checkpoint_of_another_configuration_is_refused(model, data, tmp_path)
         reconstruct(model, data, ReconstructionConfig(iterations=1), checkpoint=checkpoint)
 
 
+def test_a_checkpoint_is_no_folder(model, data, tmp_path):
+    with pytest.raises(ConfigError, match=r"checkpoint=.*is a folder; give a file in it"):
+        tdq.reconstruct(model, data, ReconstructionConfig(iterations=1), checkpoint=tmp_path)
+
+
 def test_data_that_are_none(model, data):
     with pytest.raises(
         CalibrationError, match=r"^data is list\. Give it what collect_trajectories"

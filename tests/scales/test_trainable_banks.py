@@ -283,6 +283,21 @@ def test_a_timestep_outside_the_learned_table(timestep: int) -> None:
         make("table")(timestep)
 
 
+@pytest.mark.parametrize("timestep", [-1, 1001])
+def test_a_timestep_beyond_the_generators(timestep: int) -> None:
+    message = rf"{timestep} .. {timestep} are not within 0 .. 1000, where.*larger num_timesteps"
+    with pytest.raises(TimestepError, match=message):
+        make("generator")(timestep)
+    with pytest.raises(TimestepError, match=message):
+        make("generator").fit(torch.tensor([float(timestep)]), torch.zeros(3, 1, 1))
+
+
+def test_the_paper_s_encoding_has_no_end() -> None:
+    bank = GeneratorBank(GRIDS, PAPER)
+    bank.set_static(STATIC, ZERO_POINTS)
+    assert bool(bank(4000)[0].isfinite().all())
+
+
 @pytest.mark.parametrize("groups", [0, 1001])
 def test_number_of_groups(groups: int) -> None:
     with pytest.raises(ConfigError, match=rf"groups = {groups} is not in 1 .. 1000"):

@@ -1,6 +1,7 @@
 """The committed classifier is as good as it says, and the recipe makes such a one."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tdq_plugin.recipes.digits_classifier import (
     accuracy,
     augment,
     load_classifier,
+    plan,
     run,
     split_digits,
 )
@@ -64,3 +66,14 @@ def test_augmentation_only_shifts_without_noise() -> None:
 def test_missing_weights_are_explained(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="tdq run digits-classifier"):
         load_classifier(tmp_path)
+
+
+def test_dry_run_checks_the_folder(tmp_path: Path) -> None:
+    config = load_config(
+        ClassifierConfig, CONFIG_FOLDER / "digits-classifier.yaml", [f"output={tmp_path}"]
+    )
+    assert re.search(r"steps +1,406 of 64 images", str(plan(config)))
+    config.run_folder.mkdir(parents=True)
+    (config.run_folder / "notes.txt").write_text("")
+    with pytest.raises(ConfigError, match="digits-classifier"):
+        plan(config)

@@ -265,6 +265,8 @@ def test_models_and_examples_that_do_not_fit(quantized):
         prepare(TinyDenoiser(), example_inputs())
     with pytest.raises(TimestepError, match=r"for \['sample'\], but none for the timestep"):
         prepare(quantized(), (example_inputs()[0], 5))
+    with pytest.raises(AdapterError, match=r"no call of this TinyDenoiser: missing.*'timestep'"):
+        prepare(quantized(), example_inputs()[:1])
     with pytest.raises(TimestepError, match="timestep_argument="):
         prepare(quantized(), example_inputs(), timestep_argument="sigma")
     with pytest.raises(ConfigError, match="9 bits are not supported"):
