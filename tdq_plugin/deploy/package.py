@@ -118,6 +118,12 @@ def read_description(
     """
     recover_folder(folder)
     path = Path(folder) / _JSON
+    held = sorted(file.name for file in path.parent.glob("*"))
+    if held and _JSON not in held:
+        raise TableFormatError(
+            f"{path} is not readable JSON: the folder has none, but {held[:5]}. Give the folder "
+            f"that {writer} wrote; recipes of other adapters write other files."
+        )
     try:
         content: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:

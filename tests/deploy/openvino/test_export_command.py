@@ -81,3 +81,12 @@ def test_a_folder_without_a_model_is_one_message(tmp_path):
     assert result.stderr.startswith("error: ")
     assert "quantization.json is not readable JSON" in result.stderr
     assert not (tmp_path / "openvino").exists()
+
+
+def test_the_model_of_another_adapter_is_told_from_one_that_is_missing(tmp_path):
+    (tmp_path / "int8").mkdir()
+    (tmp_path / "int8" / "model.onnx").touch()
+    result = export(tmp_path, tmp_path / "openvino")
+    assert result.exit_code == 1
+    assert "is not readable JSON: the folder has none, but ['model.onnx']. Give" in result.stderr
+    assert "that save_int8 wrote; recipes of other adapters write other files" in result.stderr
